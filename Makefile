@@ -1,0 +1,34 @@
+# make demo   train a SiT on real handwritten digits, on the CPU, in about three minutes
+# make test   install the test tools and run the tests
+# make lint   formatting, lint and types
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+RUN ?= runs/digits
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python -m sitfast.train --config configs/digits.yaml output_dir=$(RUN)
+	$(BIN)/python -m sitfast.evaluate --ckpt $(RUN)
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -q tests
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+# One stamp an extra, so that each is installed once and again when the requirements change.
+$(VENV)/.%: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[$*]"
+	touch $@
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "sitfast needs Python 3.10 or newer; try make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+
+clean:
+	rm -rf $(VENV) build *.egg-info

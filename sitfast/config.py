@@ -1,0 +1,419 @@
+"""The configuration of a run: typed sections, a YAML file, dotted overrides.
+
+    defaults  ◁  config.yaml  ◁  section.field=value …      (each overrides what stands to its left)
+
+`load` reports every mistake at once (unknown keys, wrong types, combinations that cannot work), each with its dotted path,
+the value and what would work. The defaults are the recipe of the SiT paper for ImageNet at 256 px. The object is frozen:
+what `save` wrote into the run folder is what ran.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from sitfast.errors import SitfastError
+
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+NonNegative = Annotated[float, Field(ge=0)]
+Epsilon = Annotated[float, Field(ge=0, lt=0.5)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
+
+
+def loose(default: Any) -> Any:
+    """A tuple field: YAML has only lists, so the container (not its items) is taken leniently."""
+    return Field(default=default, strict=False)
+
+
+class DataConfig(Section):
+    source: Literal["digits", "folder"] = "folder"
+    path: str | None = None  # the folder of class folders
+    image_size: Positive = 256  # pixels a side
+    batch_size: Positive = 256  # global: over all ranks and accumulated micro-batches
+    num_workers: Count = 8  # decoding processes a rank; 0 decodes in the training process
+    prefetch: Positive = 4  # batches each worker keeps ready
+    flip: bool = True  # mirror half of the images
+    val_samples: Count = 0  # rows held out of training for the validation loss
+    max_unreadable: Share = 0.01  # a larger share of unreadable images stops the run
+
+
+class VAEConfig(Section):
+    id: str | None = "stabilityai/sd-vae-ft-ema"  # hub id or local folder; null trains on pixels
+    scale: float | None = None  # latents = (z - shift) * scale; null takes the VAE's own
+    shift: float | None = None
+    posterior: Literal["sample", "mean"] = "sample"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    batch_size: Positive = 64  # images in one encode or decode call
+
+
+class PathConfig(Section):
+    type: Literal["linear", "gvp", "vp"] = "linear"
+    prediction: Literal["velocity", "noise", "score"] = "velocity"
+    loss_weight: Literal["none", "velocity", "likelihood"] = "none"
+    train_eps: Epsilon | None = None  # null takes the official interval of path and prediction
+    sample_eps: Epsilon | None = None
+    time_sampling: Literal["uniform", "logit_normal", "shifted"] = "uniform"
+    logit_mean: float = 0.0  # of logit_normal
+    logit_std: Annotated[float, Field(gt=0)] = 1.0
+    time_shift: Annotated[float, Field(gt=0)] = 1.0  # of shifted; above 1 favours the noise end
+
+
+class ModelConfig(Section):
+    preset: str | None = "SiT-XL/2"  # (SiT|DiT)-(S|B|L|XL)/(2|4|8|16), or null and the four numbers below
+    patch_size: Positive | None = None
+    hidden_size: Positive | None = None
+    depth: Positive | None = None
+    num_heads: Positive | None = None
+    mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
+    class_dropout_prob: Share = 0.1  # share of labels replaced by the null class, for guidance
+    num_classes: Positive = 1000
+    learn_sigma: bool = True  # twice the output channels, the second half unused (as published weights have it)
+    init_from: str | None = None  # weights to start from: .safetensors, checkpoint folder, or official .pt
+
+
+class OptimConfig(Section):
+    lr: Annotated[float, Field(gt=0)] = 1e-4
+    betas: tuple[Decay, Decay] = loose((0.9, 0.999))
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: NonNegative = 0.0
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_steps: Count = 0
+    min_lr: NonNegative = 0.0  # the floor of the cosine
+    clip_norm: Annotated[float, Field(gt=0)] | None = None
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+
+
+class EMAConfig(Section):
+    decays: tuple[Decay, ...] = loose((0.9999,))  # the first is the one that samples
+    warmup: bool = False  # decay = min(decay, (1 + n) / (10 + n)) after n updates
+
+
+class TrainConfig(Section):
+    steps: Positive = 400_000
+    accumulate: Positive = 1  # micro-batches a step
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = "bf16"
+    compile: bool | None = None  # torch.compile of each block; null means on GPUs
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+class ParallelConfig(Section):
+    backend: Literal["auto", "nccl", "gloo"] = "auto"
+    timeout_s: Positive = 600  # a collective that takes longer stops the run
+    activation_checkpoint: Literal["none", "block"] = "none"  # "block" trades a third more compute for memory
+
+
+class CheckpointConfig(Section):
+    every: Positive = 10_000
+    keep: Count = 3  # the newest so many; 0 keeps all
+
+
+class LogConfig(Section):
+    every: Positive = 100
+    tensorboard: bool | None = None  # null means when installed
+    wandb: bool = False
+    trackio: bool = False
+    project: str = "sitfast"
+    val_every: Count = 0  # steps between validation losses; 0 never
+    val_bins: Positive = 10  # equal bins of t
+
+
+class SampleConfig(Section):
+    every: Count = 0  # steps between sample grids while training; 0 never
+    num: Positive = 16
+    classes: tuple[Count, ...] | None = loose(None)  # cycled through; null spreads over all
+    cfg: NonNegative = 4.0  # guidance scale; 1 is none
+    cfg_interval: tuple[Share, Share] = loose((0.0, 1.0))  # t outside it is not guided
+    cfg_channels: Literal["all", "first3"] = "all"
+    method: Literal["euler", "heun", "dopri5", "sde_euler", "sde_heun"] = "heun"
+    steps: Positive = 50
+    rtol: Annotated[float, Field(gt=0)] = 1e-3  # of dopri5
+    atol: Annotated[float, Field(gt=0)] = 1e-6
+    diffusion: Literal["constant", "sbdm", "sigma", "linear", "decreasing", "increasing_decreasing"] = "sigma"
+    diffusion_norm: NonNegative = 1.0
+    last_step: Literal["none", "mean", "tweedie", "euler"] = "mean"
+    last_step_size: Annotated[float, Field(gt=0, lt=1)] = 0.04
+    batch_size: Positive = 64  # samples integrated together
+
+
+class ProfileConfig(Section):
+    start: Positive | None = None  # first profiled step
+    stop: Positive | None = None  # first step after the window
+    trace: bool = False  # also write a Chrome trace into the run folder
+
+
+class Config(Section):
+    output_dir: str = "runs/sitfast"
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    data: DataConfig = DataConfig()
+    vae: VAEConfig = VAEConfig()
+    path: PathConfig = PathConfig()
+    model: ModelConfig = ModelConfig()
+    optim: OptimConfig = OptimConfig()
+    ema: EMAConfig = EMAConfig()
+    train: TrainConfig = TrainConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    sample: SampleConfig = SampleConfig()
+    profile: ProfileConfig = ProfileConfig()
+
+
+class Problem(NamedTuple):
+    """One thing wrong with a configuration; `paths` are the dotted fields it involves."""
+
+    paths: tuple[str, ...]
+    message: str
+
+
+# Fields that may differ when a run continues: they change where, how fast or how visibly it runs, not what it computes.
+_FREE = (
+    "output_dir",
+    "data.path",
+    "data.num_workers",
+    "data.prefetch",
+    "data.max_unreadable",
+    "vae.id",
+    "vae.batch_size",
+    "train.accumulate",
+    "train.compile",
+    "train.device",
+    "parallel",
+    "checkpoint",
+    "log",
+    "sample",
+    "profile",
+)
+
+
+def load(path: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """The configuration in a YAML file (None: the defaults) with `section.field=value` overrides; SitfastError lists all mistakes."""
+    raw = _read(Path(path)) if path is not None else {}
+    problems = _apply(raw, overrides)
+    cfg = parse(raw, problems)
+    return cfg
+
+
+def parse(raw: dict[str, Any], problems: list[Problem] | None = None) -> Config:
+    """Validate a nested dict. `problems` are mistakes found before, reported together with those found here."""
+    problems = list(problems or ())
+    try:
+        cfg = Config.model_validate(raw)
+    except ValidationError as error:
+        for item in error.errors():
+            problems.append(_explain(item))
+            _drop(raw, item["loc"])
+        cfg = Config.model_validate(raw)  # the rest, so that impossible combinations are reported in the same breath
+    broken = {path for problem in problems for path in problem.paths}
+    problems += [p for p in _combinations(cfg) if broken.isdisjoint(p.paths)]
+    if problems:
+        raise SitfastError("\n".join(problem.message for problem in problems))
+    return cfg
+
+
+def check_world(cfg: Config, world_size: int) -> None:
+    """The global batch must split evenly over ranks and micro-batches."""
+    share = world_size * cfg.train.accumulate
+    if cfg.data.batch_size % share:
+        below = cfg.data.batch_size // share * share
+        options = f"{below} or {below + share}" if below else f"{share}"
+        by = f"world_size={world_size}"
+        if cfg.train.accumulate > 1:
+            by += f" times train.accumulate={cfg.train.accumulate}"
+        raise SitfastError(f"data.batch_size={cfg.data.batch_size} is not divisible by {by}; try {options}")
+
+
+def dump(cfg: Config) -> str:
+    """The whole configuration, defaults included, as YAML."""
+    return yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False)
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """`section.field: old → new` for every field whose change makes it another run."""
+    free = set(_FREE)
+    if new.optim.schedule == "constant":
+        free.add("train.steps")  # under a cosine the number of steps shapes every rate
+    before, after = dict(_leaves(old.model_dump())), dict(_leaves(new.model_dump()))
+    changed = (path for path in after if before[path] != after[path])
+    return [f"{p}: {before[p]} → {after[p]}" for p in changed if p not in free and p.split(".")[0] not in free]
+
+
+def describe() -> str:
+    """Every field with its default, one a line, for `--help`."""
+    return "\n".join(f"  {path}={_plain(value)}" for path, value in _leaves(Config().model_dump()))
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads `2e-4` as a string; people mean the number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except OSError as error:
+        raise SitfastError(f"config file {path} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SitfastError(f"config file {path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise SitfastError(f"config file {path} must hold sections such as `data:`, not a {type(raw).__name__}")
+    return raw
+
+
+def _apply(raw: dict[str, Any], overrides: list[str] | tuple[str, ...]) -> list[Problem]:
+    """Write `section.field=value` overrides into `raw`; returns those that have no such form."""
+    problems = []
+    for item in overrides:
+        path, equals, text = item.partition("=")
+        keys = path.split(".")
+        if not equals or not all(keys):
+            problems.append(Problem((path,), f"override {item!r} is not of the form section.field=value"))
+            continue
+        node = raw
+        for key in keys[:-1]:
+            child = node.get(key)
+            node[key] = node = dict(child) if isinstance(child, dict) else {}
+        try:
+            node[keys[-1]] = yaml.load(text, Loader=_Loader)
+        except yaml.YAMLError:
+            problems.append(Problem((path,), f"override {item!r}: the value is not YAML; quote it"))
+    return problems
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _plain(value: Any) -> str:
+    return yaml.safe_dump(list(value) if isinstance(value, tuple) else value, default_flow_style=True).split("\n")[0]
+
+
+def _explain(item: Any) -> Problem:
+    """One pydantic error as `path=value …; what would work`."""
+    loc = [str(part) for part in item["loc"]]
+    path, kind, context = ".".join(loc), item["type"], item.get("ctx", {})
+    if kind == "extra_forbidden":
+        known = dict(_leaves(Config().model_dump()))
+        near = difflib.get_close_matches(path, known, n=1, cutoff=0.6)
+        same = [k for k in known if k.rsplit(".", 1)[-1] == loc[-1]]
+        section = [k for k in known if k.startswith(loc[0] + ".")] if len(loc) > 1 else []
+        guess = (near or same)[:1]
+        hint = f"did you mean {guess[0]}?" if guess else f"known here: {', '.join(section or Config.model_fields)}"
+        return Problem((path,), f"{path} is not a setting; {hint}")
+    if kind in ("model_type", "model_attributes_type", "dict_type"):
+        return Problem((path,), f"{path}={item['input']!r} must be a section with fields, such as `{path}: {{…}}`")
+    rules = {
+        "literal_error": f"must be one of {context.get('expected')}",
+        "greater_than": f"must be above {context.get('gt')}",
+        "greater_than_equal": f"must be at least {context.get('ge')}",
+        "less_than": f"must be below {context.get('lt')}",
+        "less_than_equal": f"must be at most {context.get('le')}",
+        "int_type": "must be a whole number",
+        "int_from_float": "must be a whole number",
+        "float_type": "must be a number",
+        "finite_number": "must be a finite number",
+        "bool_type": "must be true or false",
+        "string_type": "must be text",
+        "tuple_type": "must be a list such as [0.9, 0.999]",
+        "missing": "is missing from the list",
+        "too_long": f"must be a list of {context.get('max_length')}",
+    }
+    rule = rules.get(kind, item["msg"][:1].lower() + item["msg"][1:])
+    value = "" if kind == "missing" else f"={item['input']!r}"
+    return Problem((path,), f"{path}{value} {rule}")
+
+
+def _drop(raw: dict[str, Any], loc: tuple[int | str, ...]) -> None:
+    """Remove the field at `loc` (or the list it is an item of), so that its default takes its place."""
+    node: Any = raw
+    for depth, key in enumerate(loc):
+        if depth == len(loc) - 1 or not isinstance(node.get(key), dict):
+            node.pop(key, None)
+            return
+        node[key] = node = dict(node[key])
+
+
+def _combinations(cfg: Config) -> Iterator[Problem]:
+    """Fields that are fine alone and impossible together."""
+
+    def problem(*paths: str, rule: str) -> Problem:
+        values = dict(_leaves(cfg.model_dump()))
+        return Problem(paths, f"{' with '.join(f'{p}={_plain(values[p])}' for p in paths)}: {rule}")
+
+    data, path, model, optim, sample, profile = cfg.data, cfg.path, cfg.model, cfg.optim, cfg.sample, cfg.profile
+    if data.source == "folder" and data.path is None:
+        yield problem("data.source", "data.path", rule="name the folder of class folders in data.path")
+    if data.source == "digits":
+        if data.image_size != 8:
+            yield problem("data.source", "data.image_size", rule="the digits are 8 x 8; use data.image_size=8")
+        if cfg.vae.id is not None:
+            yield problem("data.source", "vae.id", rule="the digits are trained on pixels; use vae.id=null")
+        if data.flip:
+            yield problem("data.source", "data.flip", rule="a mirrored digit is another sign; use data.flip=false")
+        if model.num_classes < 10:
+            yield problem("data.source", "model.num_classes", rule="there are ten digits; use model.num_classes=10")
+    if data.batch_size % cfg.train.accumulate:
+        yield problem("data.batch_size", "train.accumulate", rule="the batch must split evenly into micro-batches")
+    if path.prediction == "velocity" and path.loss_weight != "none":
+        yield problem("path.prediction", "path.loss_weight", rule="weights apply to noise and score; use none")
+    if path.train_eps == 0 and path.loss_weight != "none":
+        yield problem(
+            "path.train_eps", "path.loss_weight", rule="the weight is infinite at an end of the path; try 1e-3"
+        )
+    sizes = ("patch_size", "hidden_size", "depth", "num_heads")
+    if model.preset is None:
+        missing = [f"model.{name}" for name in sizes if getattr(model, name) is None]
+        if missing:
+            yield Problem(("model.preset", *missing), f"model.preset=null needs {', '.join(missing)}")
+    else:
+        from sitfast.model import preset_kwargs
+
+        try:
+            preset_kwargs(model.preset)
+        except SitfastError as error:
+            yield Problem(("model.preset",), f"model.preset={model.preset}: {error}")
+    if model.class_dropout_prob == 0 and sample.cfg != 1 and sample.every:
+        yield problem("model.class_dropout_prob", "sample.cfg", rule="guidance needs a null class; use sample.cfg=1")
+    if sample.classes is not None and (not sample.classes or max(sample.classes) >= model.num_classes):
+        yield problem("sample.classes", "model.num_classes", rule=f"classes are 0 to {model.num_classes - 1}")
+    if sample.cfg_interval[0] >= sample.cfg_interval[1]:
+        yield problem("sample.cfg_interval", rule="must rise, as in [0.0, 1.0]")
+    if optim.warmup_steps >= cfg.train.steps:
+        yield problem("optim.warmup_steps", "train.steps", rule="the warm-up must end before the run does")
+    if optim.min_lr > optim.lr:
+        yield problem("optim.min_lr", "optim.lr", rule="the floor must not exceed the rate")
+    if not cfg.ema.decays:
+        yield problem("ema.decays", rule="at least one average is kept; [0.0] follows the weights themselves")
+    elif len(set(cfg.ema.decays)) < len(cfg.ema.decays):
+        yield problem("ema.decays", rule="each decay once")
+    if cfg.log.val_every and not data.val_samples:
+        yield problem("log.val_every", "data.val_samples", rule="hold some rows out, such as data.val_samples=1024")
+    if (profile.start is None) != (profile.stop is None):
+        yield problem("profile.start", "profile.stop", rule="a window needs both")
+    elif profile.start is not None and profile.stop is not None and profile.stop <= profile.start:
+        yield problem("profile.start", "profile.stop", rule="the window must end after it starts")
+    if profile.trace and profile.start is None:
+        yield problem(
+            "profile.trace", "profile.start", rule="a trace needs a window; set profile.start and profile.stop"
+        )
+    if cfg.train.device == "cpu" and cfg.train.precision == "tf32":
+        yield problem("train.device", "train.precision", rule="TF32 exists on GPUs; use fp32")

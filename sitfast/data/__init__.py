@@ -1,0 +1,68 @@
+"""Data: a source gives rows, the sampler says which, the loader turns them into batches on the device.
+
+    index ─ Order ─▶ row ─ Source.load ─▶ image, label ─ flip · stack ─▶ Batch ─ to(device) ─▶ x in [−1, 1]
+
+A new source is one module with `build(data) -> Source`, and one line in `SOURCES`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from sitfast.config import DataConfig
+
+SOURCES = {
+    "digits": "sitfast.data.digits",
+    "folder": "sitfast.data.folder",
+}
+
+
+class Unreadable(Exception):
+    """A row whose file cannot be turned into an image; the loader replaces it and reports it."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(name, reason)
+        self.name = name
+        self.reason = reason
+
+
+class Source(Protocol):
+    """Rows of images with labels. It must survive being copied into worker processes."""
+
+    num_rows: int
+    num_classes: int
+    channels: int
+    image_size: int
+    class_names: list[str]
+
+    def load(self, row: int) -> tuple[Tensor, int]:
+        """Image `[C, H, W]`, uint8 in [0, 255] or float32 in [−1, 1], and its label; `Unreadable` where that fails."""
+        ...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch: images x `[B, C, H, W]`, labels y `[B]`, global sample indices `[B]`, names of the rows replaced."""
+
+    x: Tensor
+    y: Tensor
+    index: Tensor
+    skipped: tuple[str, ...] = ()
+
+    def to(self, device: torch.device | str) -> Batch:
+        """On the device, without waiting for the copy; uint8 pixels become fp32 in [−1, 1] there, a quarter of the bytes."""
+        x, y, index = (tensor.to(device, non_blocking=True) for tensor in (self.x, self.y, self.index))
+        if x.dtype == torch.uint8:
+            x = x.to(torch.float32).div_(127.5).sub_(1.0)
+        return Batch(x, y, index, self.skipped)
+
+
+def build_source(data: DataConfig) -> Source:
+    """The source that `data.source` names."""
+    return importlib.import_module(SOURCES[data.source]).build(data)

@@ -1,0 +1,121 @@
+"""How good is it: the validation loss at fixed noise in bins of t, and for the digits what a classifier reads.
+
+    python -m sitfast.evaluate --ckpt runs/digits
+
+    loss_b = mean over held-out rows of loss(x_t), t = t0 + (t1 - t0)(b + u) / bins,   u and noise fixed per row
+
+A training loss wanders with t and noise; this one moves only when the model does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sitfast import cli, data, images, philox
+from sitfast.data.loader import fixed_batches
+from sitfast.data.sampler import held_out
+from sitfast.interpolant import Interpolant
+from sitfast.loss import interpolant_loss
+from sitfast.parallel import World
+from sitfast.philox import Stream
+from sitfast.sample import Restored, add_checkpoint_arguments, labels_for
+
+FIRST_INDEX = 1 << 62  # held-out rows draw from sample numbers that training never reaches
+
+
+@torch.no_grad()
+def validation_loss(
+    model: nn.Module, batches: Iterable[data.Batch], *, vae: Any, interpolant: Interpolant, bins: int, world: World
+) -> Tensor:
+    """Mean loss in each of `bins` equal bins of t over all ranks' batches, fp64 `[bins]`, on the CPU."""
+    training = model.training
+    model.eval()
+    total = torch.zeros(bins + 1, dtype=torch.float64, device=world.device)
+    t0, t1 = interpolant.train_interval()
+    with torch.compiler.set_stance("force_eager"):
+        for batch in batches:
+            index = batch.index + FIRST_INDEX
+            x = vae.encode(batch.x, index)
+            offset = philox.uniform(interpolant.seed, index, Stream.TIME)
+            for b in range(bins):
+                xt, t, target = interpolant.sample(x, index, t=t0 + (t1 - t0) * (b + offset) / bins)
+                losses = interpolant_loss(model(xt, t, batch.y), target, t, interpolant=interpolant)
+                total[b] += losses.double().sum()
+            total[bins] += len(index)
+    model.train(training)
+    total = world.mean(total)
+    return (total[:bins] / total[bins]).cpu()
+
+
+def read_by_classifier(x: Tensor, labels: Tensor, source: data.Source, *, val_samples: int) -> dict[str, float]:
+    """Share of the samples that a classifier of the real digits reads as the label asked for, and its own accuracy.
+
+    A support vector machine (RBF kernel) learns the rows that the model was trained on and is scored on the held-out ones.
+    """
+    from sklearn.svm import SVC
+
+    train_rows, test_rows = held_out(source.num_rows, val_samples)
+
+    def rows(which: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        pairs = [source.load(int(row)) for row in which]
+        return np.stack([p.flatten().numpy() for p, _ in pairs]), np.array([label for _, label in pairs])
+
+    classifier = SVC(gamma="scale", C=10).fit(*rows(train_rows))
+    accuracy = float(classifier.score(*rows(test_rows)))
+    share = float(classifier.score(x.flatten(1).numpy(), labels.numpy()))
+    return {"classifier_accuracy": accuracy, "label_share": share}
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m sitfast.evaluate", description="Measure a trained model.")
+    add_checkpoint_arguments(parser)
+    parser.add_argument("--num", type=int, default=1000, help="samples that the classifier reads (digits)")
+    args = parser.parse_args(argv)
+    run = Restored(args.ckpt, ema=args.weights == "ema", device=args.device, overrides=args.overrides)
+    cfg, folder = run.cfg, run.folder.parent
+    source = data.build_source(cfg.data)
+    result: dict[str, Any] = {"checkpoint": str(run.folder), "step": run.state["step"], "weights": args.weights}
+
+    if cfg.data.val_samples:
+        rows = held_out(source.num_rows, cfg.data.val_samples)[1]
+        batches = fixed_batches(source, rows, batch_size=cfg.sample.batch_size, device=run.device)
+        bins = validation_loss(
+            run.model,
+            batches,
+            vae=run.vae,
+            interpolant=run.interpolant,
+            bins=cfg.log.val_bins,
+            world=World(0, 1, run.device),
+        )
+        result["val_loss"], result["val_loss_bins"] = bins.mean().item(), bins.tolist()
+        print(f"validation loss {result['val_loss']:.4f} on {len(rows)} held-out images")
+
+    labels = labels_for(args.num, None, cfg.model.num_classes)
+    if cfg.data.source == "digits":
+        x = run.generate(labels, seed=args.seed)
+        result |= read_by_classifier(x, labels, source, val_samples=cfg.data.val_samples)
+        print(
+            f"{result['label_share']:.1%} of {args.num} samples (guidance {cfg.sample.cfg:g}) are read as the digit asked for,\n"
+            f"by a classifier that reads {result['classifier_accuracy']:.1%} of the held-out real digits right"
+        )
+        print(f"samples    {images.save_grid(x[:100], folder / 'samples.png', columns=10)}")
+    _write(folder / "evaluation.json", result)
+    if (folder / "metrics.jsonl").exists():
+        print(f"loss curve {images.plot_loss(folder / 'metrics.jsonl', folder / 'loss.png')}")
+    return 0
+
+
+def _write(path: Path, result: dict[str, Any]) -> None:
+    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    cli.run(main)

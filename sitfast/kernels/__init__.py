@@ -1,0 +1,13 @@
+"""The operations worth a kernel of their own, one file each.
+
+Every file holds a plain PyTorch `reference` and one public function, which checks its operands and runs the kernel for
+their device, or the reference where there is none (see `dispatch`).
+"""
+
+from sitfast.kernels.attention import attention
+from sitfast.kernels.dispatch import use_reference
+from sitfast.kernels.gated_residual import gated_residual_layernorm_modulate
+from sitfast.kernels.layernorm_modulate import layernorm_modulate
+from sitfast.kernels.mlp import mlp
+
+__all__ = ["attention", "gated_residual_layernorm_modulate", "layernorm_modulate", "mlp", "use_reference"]

@@ -1,0 +1,365 @@
+"""The Scalable Interpolant Transformer and its twin, the Diffusion Transformer.
+
+    tokens = patches(x) + pos_embed;   c = embed(t) + embed(y)
+    block:   x = x + gate · attn(LN(x) · (1 + scale) + shift),  then the same with an MLP for attn
+    output = unpatchify(linear(LN(x) · (1 + scale) + shift)),   every shift, scale and gate linear in SiLU(c)
+
+A block does not add its last branch itself: it hands (x, y, gate) on with x + gate · y still pending, so that one
+kernel does that sum and the next layer norm. Parameter names, their order and their initialisation are those of the
+published SiT and DiT checkpoints. The model draws nothing at random after that; `drop_labels` is the label dropout.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sitfast import philox
+from sitfast.errors import SitfastError
+from sitfast.kernels import attention, gated_residual_layernorm_modulate, layernorm_modulate, mlp
+
+FREQUENCY_DIM = 256  # width of the sinusoidal timestep embedding
+MAX_PERIOD = 10_000.0
+
+_SIZES = {
+    "S": {"hidden_size": 384, "depth": 12, "num_heads": 6},
+    "B": {"hidden_size": 768, "depth": 12, "num_heads": 12},
+    "L": {"hidden_size": 1024, "depth": 24, "num_heads": 16},
+    "XL": {"hidden_size": 1152, "depth": 28, "num_heads": 16},
+}
+PRESETS: dict[str, dict[str, int]] = {
+    f"{family}-{size}/{patch_size}": {**shape, "patch_size": patch_size}
+    for family in ("SiT", "DiT")
+    for size, shape in _SIZES.items()
+    for patch_size in (2, 4, 8, 16)
+}
+
+
+class PatchEmbed(nn.Module):
+    """Images [B, C, H, W] to tokens [B, N, D] by a convolution whose stride is the patch."""
+
+    def __init__(self, patch_size: int, in_channels: int, hidden_size: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).flatten(2).transpose(1, 2).contiguous()
+
+
+class TimestepEmbedder(nn.Module):
+    """Times [B] in [0, 1] to vectors [B, D]: sinusoids in fp32 whatever the model's precision, then a small MLP."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(FREQUENCY_DIM, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+
+    def forward(self, t: Tensor) -> Tensor:
+        return self.mlp(timestep_sinusoids(t).to(next(self.parameters()).dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """Labels [B] to vectors [B, D]; a null class comes last if labels can be dropped."""
+
+    def __init__(self, num_classes: int, hidden_size: int, class_dropout_prob: float) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + (class_dropout_prob > 0), hidden_size)
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.embedding_table(y)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention of h [B, N, D]."""
+
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, h: Tensor) -> Tensor:
+        qkv = self.qkv(h).unflatten(-1, (3, self.num_heads, -1))
+        return self.proj(attention(qkv).flatten(2))
+
+
+class Mlp(nn.Module):
+    """Feed-forward branch of h [B, N, D]."""
+
+    def __init__(self, hidden_size: int, mlp_size: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, mlp_size)
+        self.fc2 = nn.Linear(mlp_size, hidden_size)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return mlp(h, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+
+
+def adaln_linear(hidden_size: int, num_chunks: int) -> nn.Sequential:
+    """SiLU and the linear layer that makes `num_chunks` modulation vectors of the condition; see `modulation`."""
+    return nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, num_chunks * hidden_size))
+
+
+def modulation(adaln: nn.Sequential, c_silu: Tensor, num_chunks: int) -> tuple[Tensor, ...]:
+    """The vectors [B, D], views of one output; SiLU(c) is the same for all blocks, so it is computed once, outside."""
+    return adaln[1](c_silu).chunk(num_chunks, dim=1)
+
+
+class Block(nn.Module):
+    """One transformer block with adaLN-zero conditioning.
+
+    Takes x [B, N, D], the pending branch y [B, N, D] with its gate [B, D] (both None before the first block) and
+    SiLU(c) [B, D]; returns x, y, gate with its own last branch pending.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_size: int) -> None:
+        super().__init__()
+        self.attn = Attention(hidden_size, num_heads)
+        self.mlp = Mlp(hidden_size, mlp_size)
+        self.adaLN_modulation = adaln_linear(hidden_size, 6)
+
+    def forward(
+        self, x: Tensor, y: Tensor | None, gate: Tensor | None, c_silu: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation(self.adaLN_modulation, c_silu, 6)
+        if y is None or gate is None:
+            h = layernorm_modulate(x, shift_msa, scale_msa)
+        else:
+            x, h = gated_residual_layernorm_modulate(x, y, gate, shift_msa, scale_msa)
+        x, h = gated_residual_layernorm_modulate(x, self.attn(h), gate_msa, shift_mlp, scale_mlp)
+        return x, self.mlp(h), gate_mlp
+
+
+class FinalLayer(nn.Module):
+    """Adds the pending branch, then norm, modulation and the linear layer to patches [B, N, p·p·C]."""
+
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
+        self.adaLN_modulation = adaln_linear(hidden_size, 2)
+
+    def forward(self, x: Tensor, y: Tensor, gate: Tensor, c_silu: Tensor) -> Tensor:
+        shift, scale = modulation(self.adaLN_modulation, c_silu, 2)
+        _, h = gated_residual_layernorm_modulate(x, y, gate, shift, scale)
+        return self.linear(h)
+
+
+class SiT(nn.Module):
+    """Class-conditional transformer: x [B, C, H, W], t [B], y [B] to a prediction [B, C, H, W].
+
+    y = num_classes is the null class, which exists only if class_dropout_prob > 0. With learn_sigma the network has
+    twice the output channels and the second half is dropped.
+    """
+
+    returns_sigma = False
+
+    def __init__(
+        self,
+        input_size: int = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        hidden_size: int = 1152,
+        depth: int = 28,
+        num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        class_dropout_prob: float = 0.1,
+        num_classes: int = 1000,
+        learn_sigma: bool = True,
+    ) -> None:
+        super().__init__()
+        self.config: dict[str, Any] = {
+            "input_size": input_size,
+            "patch_size": patch_size,
+            "in_channels": in_channels,
+            "hidden_size": hidden_size,
+            "depth": depth,
+            "num_heads": num_heads,
+            "mlp_ratio": mlp_ratio,
+            "class_dropout_prob": class_dropout_prob,
+            "num_classes": num_classes,
+            "learn_sigma": learn_sigma,
+        }
+        _check_config(self.config)
+        self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
+        self.out_channels = in_channels * 2 if learn_sigma else in_channels
+        self.grid = input_size // patch_size
+
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.grid**2, hidden_size), requires_grad=False)
+        self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
+        mlp_size = int(hidden_size * mlp_ratio)
+        self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mlp_size) for _ in range(depth))
+        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
+        self.initialize_weights()
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """Zero biases, modulations and output layer; N(0, 0.02) embedders of t and y; Xavier-uniform for the rest."""
+        self.pos_embed.copy_(sincos_pos_embed(self.pos_embed.shape[-1], self.grid))
+        for name, parameter in self.named_parameters():
+            if name == "pos_embed":
+                continue
+            if name.endswith("bias") or "adaLN_modulation" in name or name.startswith("final_layer"):
+                nn.init.zeros_(parameter)
+            elif name.startswith(("t_embedder", "y_embedder")):
+                nn.init.normal_(parameter, std=0.02)
+            else:
+                nn.init.xavier_uniform_(parameter.flatten(1))  # the patch kernel counts as a linear layer
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """The prediction for x_t [B, C, H, W] at times t [B] with labels y [B]: [B, C, H, W]."""
+        self._check_inputs(x, t, y)
+        tokens = self.x_embedder(x) + self.pos_embed
+        c_silu = F.silu(self.t_embedder(t) + self.y_embedder(y))
+        branch = gate = None
+        for block in self.blocks:
+            tokens, branch, gate = block(tokens, branch, gate, c_silu)
+        return self._unpatchify(self.final_layer(tokens, branch, gate, c_silu))
+
+    def _unpatchify(self, tokens: Tensor) -> Tensor:
+        """Patches [B, N, p·p·C], channels fastest, to images [B, C, H, W]; here the unused sigma half is dropped."""
+        channels = self.out_channels if self.returns_sigma else self.in_channels
+        grid, patch = self.grid, self.patch_size
+        patches = tokens.view(-1, grid, grid, patch, patch, self.out_channels)[..., :channels]
+        return patches.permute(0, 5, 1, 3, 2, 4).reshape(-1, channels, self.input_size, self.input_size)
+
+    def _check_inputs(self, x: Tensor, t: Tensor, y: Tensor) -> None:
+        expected = (self.in_channels, self.input_size, self.input_size)
+        if x.ndim != 4 or x.shape[1:] != expected:
+            raise SitfastError(
+                f"x has shape {tuple(x.shape)}, the model takes (B, {', '.join(map(str, expected))}); "
+                f"resize the input, or build the model with the matching input_size and in_channels"
+            )
+        for name, tensor in (("t", t), ("y", y)):
+            if tensor.shape != x.shape[:1]:
+                raise SitfastError(
+                    f"{name} has shape {tuple(tensor.shape)}, expected ({x.shape[0]},): one value for each sample of x"
+                )
+        if y.dtype not in (torch.int64, torch.int32):
+            raise SitfastError(f"y is {y.dtype}, expected class indices as torch.int64; use y.long()")
+
+
+class DiT(SiT):
+    """The same network; `forward` returns every output channel, with learn_sigma [B, 2·C, H, W]."""
+
+    returns_sigma = True
+
+
+def _check_config(config: dict[str, Any]) -> None:
+    for name in ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes"):
+        if config[name] < 1:
+            raise SitfastError(f"{name}={config[name]} is not positive; use 1 or more")
+    if not 0 <= config["class_dropout_prob"] <= 1:
+        raise SitfastError(f"class_dropout_prob={config['class_dropout_prob']} is not a probability; use 0 to 1")
+    width, heads, size, patch = (config[name] for name in ("hidden_size", "num_heads", "input_size", "patch_size"))
+    if int(width * config["mlp_ratio"]) < 1:
+        raise SitfastError(f"mlp_ratio={config['mlp_ratio']} leaves the MLP no hidden units; use 4.0")
+    if width % 4:
+        near = max(width // 4 * 4, 4)
+        raise SitfastError(f"hidden_size={width} is not divisible by 4 (position embedding); try {near} or {near + 4}")
+    if width % heads:
+        raise SitfastError(f"hidden_size={width} is not divisible by num_heads={heads}; change one of them")
+    if size % patch:
+        near = max(size // patch * patch, patch)
+        raise SitfastError(f"input_size={size} is not divisible by patch_size={patch}; try {near} or {near + patch}")
+
+
+def timestep_sinusoids(t: Tensor) -> Tensor:
+    """[cos(t·ω), sin(t·ω)] [B, 256] in fp32, ω_i = max_period^(−i/128), of times t [B]."""
+    half = FREQUENCY_DIM // 2
+    steps = torch.arange(half, dtype=torch.float32, device=t.device)
+    angles = t.float()[:, None] * torch.exp(-math.log(MAX_PERIOD) * steps / half)
+    return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+
+def sincos_pos_embed(hidden_size: int, grid: int) -> Tensor:
+    """Fixed position embedding [1, grid², D], row-major: half of D for the column, half for the row; sin, then cos.
+
+    Evaluated in fp64 on the CPU and rounded once to fp32, so that it is the same everywhere.
+    """
+    quarter = hidden_size // 4
+    omega = MAX_PERIOD ** -(torch.arange(quarter, dtype=torch.float64, device="cpu") / quarter)
+    angles = torch.arange(grid, dtype=torch.float64, device="cpu")[:, None] * omega
+    waves = torch.cat((angles.sin(), angles.cos()), dim=-1)
+    columns, rows = waves.expand(grid, -1, -1), waves[:, None].expand(-1, grid, -1)
+    return torch.cat((columns, rows), dim=-1).reshape(1, grid * grid, hidden_size).float()
+
+
+def interpolate_pos_embed(embed: Tensor, new_grid: int) -> Tensor:
+    """A position embedding [1, N, D] on a square grid, resampled to [1, new_grid², D]: bicubic, in fp32."""
+    tokens = embed.shape[1]
+    grid = math.isqrt(tokens)
+    if grid * grid != tokens:
+        raise SitfastError(
+            f"pos_embed has {tokens} tokens, which is not a square grid; only square grids can be resized"
+        )
+    if new_grid < 1:
+        raise SitfastError(f"new_grid={new_grid} is not positive; use input_size // patch_size")
+    if new_grid == grid:
+        return embed
+    image = embed.float().reshape(1, grid, grid, -1).permute(0, 3, 1, 2)
+    resized = F.interpolate(image, size=(new_grid, new_grid), mode="bicubic", align_corners=False)
+    return resized.flatten(2).transpose(1, 2).contiguous().to(embed.dtype)
+
+
+def drop_labels(y: Tensor, index: Tensor, *, prob: float, null: int, seed: int) -> Tensor:
+    """Labels y [B] with a share `prob` replaced by the null class; depends on (seed, sample index [B]) alone."""
+    if prob == 0:
+        return y
+    return y.masked_fill(philox.uniform(seed, index, philox.Stream.LABEL_DROP) < prob, null)
+
+
+def preset_kwargs(name: str) -> dict[str, int]:
+    """hidden_size, depth, num_heads and patch_size of a preset such as "SiT-XL/2"."""
+    if name not in PRESETS:
+        raise SitfastError(f"model.preset={name!r} is unknown; choose one of {', '.join(PRESETS)}")
+    return dict(PRESETS[name])
+
+
+def build_model(preset: str | None = None, **kwargs: Any) -> SiT:
+    """A preset ("DiT-…" gives a `DiT`), or a SiT from keywords alone; keywords other than None override the preset."""
+    kind = DiT if preset is not None and preset.startswith("DiT-") else SiT
+    sizes = {} if preset is None else preset_kwargs(preset)
+    return kind(**{**sizes, **{key: value for key, value in kwargs.items() if value is not None}})
+
+
+def load_state(model: nn.Module, weights: dict[str, Tensor], *, source: str) -> None:
+    """Copy `weights` into the model, strictly; `source` names the file in the error."""
+    own = model.state_dict()
+    problems = [
+        f"{len(keys)} {what} ({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''})"
+        for what, keys in (
+            ("missing", [key for key in own if key not in weights]),
+            ("unexpected", [key for key in weights if key not in own]),
+        )
+        if keys
+    ]
+    if problems:
+        raise SitfastError(f"{source} does not fit the model, keys: {'; '.join(problems)}; check the model settings")
+    for key, tensor in own.items():
+        if weights[key].shape != tensor.shape:
+            raise SitfastError(
+                f"{source} does not fit the model: {key} has shape {tuple(weights[key].shape)}, "
+                f"the model needs {tuple(tensor.shape)}; check the model settings"
+            )
+    model.load_state_dict(weights, strict=True)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """All parameters, the fixed position embedding included, as published counts have it."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def forward_macs(model: SiT) -> int:
+    """Multiply-accumulates of one forward pass an image; a training step costs 6 FLOPs for each."""
+    width, depth, tokens, patch = model.config["hidden_size"], model.config["depth"], model.grid**2, model.patch_size**2
+    mlp_size = int(width * model.config["mlp_ratio"])
+    condition = FREQUENCY_DIM * width + width**2 + depth * 6 * width**2 + 2 * width**2
+    linears = tokens * (3 * width**2 + width**2 + 2 * width * mlp_size)  # qkv, proj, fc1 and fc2
+    attention_scores = 2 * tokens**2 * width
+    ends = tokens * width * patch * (model.in_channels + model.out_channels)
+    return condition + depth * (linears + attention_scores) + ends

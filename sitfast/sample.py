@@ -1,0 +1,148 @@
+"""Sample from a trained model: `python -m sitfast.sample --ckpt runs/digits --classes 0-9 --cfg 3`.
+
+    starting noise (seed, number of the sample) → ODE or SDE from t = 0 to t = 1, guided → vae.decode → PNG grid, PNGs or .npz
+
+Sample k of a seed is the same image whatever the batch size, up to rounding.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sitfast import checkpoint, cli, config, images, parallel
+from sitfast.config import Config, SampleConfig
+from sitfast.errors import SitfastError
+from sitfast.interpolant import Interpolant
+from sitfast.model import SiT, build_model, load_state
+from sitfast.sampling import sample, start_noise
+from sitfast.vae import build_vae
+
+
+def labels_for(num: int, classes: tuple[int, ...] | None, num_classes: int) -> Tensor:
+    """`[num]` labels: the given classes in turn, or all classes, evenly spread when there are more than `num`."""
+    if classes is None:
+        step = max(1, num_classes // num)
+        classes = tuple(range(0, num_classes, step))[: max(num, 1)]
+    return torch.tensor([classes[i % len(classes)] for i in range(num)])
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    vae: Any,
+    interpolant: Interpolant,
+    labels: Tensor,
+    *,
+    settings: SampleConfig,
+    null: int | None,
+    seed: int,
+) -> Tensor:
+    """Images `[N, C, H, W]` in [-1, 1] on the CPU for the labels `[N]`, `settings.batch_size` at a time.
+
+    The model runs uncompiled and in evaluation mode here, and is left as it was.
+    """
+    shape = (model.config["in_channels"], model.config["input_size"], model.config["input_size"])
+    device = next(model.parameters()).device
+    training, done = model.training, []
+    model.eval()
+    with torch.compiler.set_stance("force_eager"):  # batches of other sizes must not make the blocks compile again
+        for index in torch.arange(len(labels), device=device).split(settings.batch_size):
+            y = labels.to(device)[index]
+            noise = start_noise(seed, index, shape)
+            x, _ = sample(model, interpolant, noise, y, null=null, settings=settings, seed=seed, index=index)
+            done.append(vae.decode(x).float().clamp(-1, 1).cpu())
+    model.train(training)
+    return torch.cat(done)
+
+
+class Restored:
+    """A trained model ready to sample: config, weights (EMA by default), VAE and interpolant of a checkpoint."""
+
+    def __init__(self, path: str, *, ema: bool, device: str, overrides: list[str]) -> None:
+        folder = checkpoint.find_checkpoint(path)
+        self.folder, self.state = folder, checkpoint.read_state(folder)
+        self.cfg: Config = config.load(folder / "config.yaml", [*overrides, f"train.device={device}"])
+        self.device = parallel.resolve_device(self.cfg.train.device)
+        self.model: SiT = build_model(**self.state["model"]).to(self.device)
+        load_state(self.model, checkpoint.find_weights(folder, ema=ema), source=str(folder))
+        self.vae = build_vae(self.cfg.vae, device=self.device, seed=self.cfg.seed)
+        self.interpolant = Interpolant.from_config(self.cfg.path, self.cfg.seed)
+        self.null = self.cfg.model.num_classes if self.cfg.model.class_dropout_prob > 0 else None
+
+    def generate(self, labels: Tensor, *, seed: int) -> Tensor:
+        """Images `[N, C, H, W]` in [-1, 1] for labels `[N]`, by the `sample` section of the config."""
+        dtype = torch.bfloat16 if self.device.type == "cuda" and self.cfg.train.precision in ("bf16", "fp16") else None
+        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
+            return generate(
+                self.model, self.vae, self.interpolant, labels, settings=self.cfg.sample, null=self.null, seed=seed
+            )
+
+
+def parse_classes(text: str, num_classes: int) -> tuple[int, ...]:
+    """`0-9`, `3`, `1,5,7-8` → class numbers; SitfastError beyond `num_classes`."""
+    classes: list[int] = []
+    for part in text.split(","):
+        low, _, high = part.strip().partition("-")
+        if not low.isdigit() or (high and not high.isdigit()):
+            raise SitfastError(f"--classes {text} cannot be read at {part!r}; write classes as 0-9 or 1,5,7-8")
+        classes += range(int(low), int(high or low) + 1)
+    wrong = [c for c in classes if c >= num_classes]
+    if wrong or not classes:
+        raise SitfastError(f"--classes {text}: the model knows classes 0 to {num_classes - 1}")
+    return tuple(classes)
+
+
+def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
+    """What every command about a trained model takes."""
+    parser.add_argument(
+        "--ckpt", required=True, metavar="PATH", help="a run folder (its newest checkpoint) or a checkpoint"
+    )
+    parser.add_argument("--weights", choices=("ema", "model"), default="ema", help="averaged or raw weights")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--seed", type=int, default=0, help="of the starting noise")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="sample.field=value", help="settings other than the checkpoint's"
+    )
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m sitfast.sample", description="Sample images from a checkpoint.")
+    add_checkpoint_arguments(parser)
+    parser.add_argument("--classes", help="such as 0-9 or 1,5,7-8; taken in turn")
+    parser.add_argument("--num", type=int, help="images in all (default: four of each class asked for, or sample.num)")
+    parser.add_argument("--cfg", type=float, help="guidance scale, short for sample.cfg=…; 1 is none")
+    parser.add_argument("--method", help="short for sample.method=…")
+    parser.add_argument("--steps", type=int, help="short for sample.steps=…")
+    parser.add_argument("--format", choices=("grid", "png", "npz"), default="grid", help="one PNG, many, or ADM's .npz")
+    parser.add_argument("--out", type=Path, help="file (grid, npz) or folder (png); default: beside the checkpoint")
+    args = parser.parse_args(argv)
+    short = [f"sample.{key}={value}" for key in ("cfg", "method", "steps") if (value := getattr(args, key)) is not None]
+    run = Restored(args.ckpt, ema=args.weights == "ema", device=args.device, overrides=[*short, *args.overrides])
+
+    settings, num_classes = run.cfg.sample, run.cfg.model.num_classes
+    classes = parse_classes(args.classes, num_classes) if args.classes else settings.classes
+    num = args.num if args.num is not None else 4 * len(classes) if args.classes else settings.num
+    if num < 1:
+        raise SitfastError(f"--num {num} must be at least 1")
+    labels = labels_for(num, classes, num_classes)
+    x = run.generate(labels, seed=args.seed)
+
+    step = run.state["step"]
+    if args.format == "png":
+        out = images.save_pngs(x, args.out or run.folder.parent / f"samples-{step}")
+    elif args.format == "npz":
+        out = images.save_npz(x, labels, args.out or run.folder.parent / f"samples-{step}.npz")
+    else:
+        columns = len(classes) if args.classes and len(classes) <= 20 else None
+        out = images.save_grid(x, args.out or run.folder.parent / f"samples-{step}.png", columns=columns)
+    print(f"{num} samples of {run.folder} ({settings.method}, {settings.steps} steps, cfg {settings.cfg:g}) → {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

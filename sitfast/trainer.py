@@ -1,0 +1,342 @@
+"""The training loop. One batch takes one road:
+
+    data → vae → interpolant → model → loss → clip · AdamW · EMA → checkpoint
+
+`Trainer.train_step` is that line. Everything a step draws is a function of (seed, sample index), so the whole state of a run
+is its weights, moments, averages and the number of steps done: what is in a checkpoint continues bit for bit.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sitfast import checkpoint, config, data, metrics, parallel
+from sitfast.config import Config
+from sitfast.data.loader import Loader
+from sitfast.data.sampler import held_out
+from sitfast.errors import SitfastError
+from sitfast.evaluate import validation_loss
+from sitfast.images import save_grid
+from sitfast.interpolant import Interpolant
+from sitfast.loss import interpolant_loss
+from sitfast.model import build_model, count_parameters, drop_labels, forward_macs, load_state
+from sitfast.optim import Update, learning_rate
+from sitfast.parallel import World
+from sitfast.profiling import Window, annotate
+from sitfast.sample import generate, labels_for
+from sitfast.vae import build_vae
+
+AUTOCAST = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Trainer:
+    """A run in its folder: built from a config, resumed from the newest valid checkpoint if there is one.
+
+    Raises SitfastError before the first step for anything in the config, the data or the folder that cannot work.
+    """
+
+    def __init__(self, cfg: Config, world: World) -> None:
+        config.check_world(cfg, world.size)
+        self.cfg, self.world, self.device = cfg, world, world.device
+        self.run_dir = Path(cfg.output_dir)
+        self._claim_folder()
+
+        source = data.build_source(cfg.data)
+        if source.num_classes > cfg.model.num_classes:
+            raise SitfastError(
+                f"model.num_classes={cfg.model.num_classes} is too few: {cfg.data.source} holds labels up to"
+                f" {source.num_classes - 1}; use model.num_classes={source.num_classes}"
+            )
+        train_rows, val_rows = held_out(source.num_rows, cfg.data.val_samples)
+
+        torch.set_float32_matmul_precision("highest" if cfg.train.precision == "fp32" else "high")
+        self.vae = build_vae(cfg.vae, device=self.device, seed=cfg.seed)
+        self.vae.check_image_size(cfg.data.image_size)
+        self.interpolant = Interpolant.from_config(cfg.path, cfg.seed)
+        self.model_kwargs = {
+            "input_size": cfg.data.image_size // self.vae.downsample,
+            "in_channels": self.vae.latent_channels(source.channels),
+            **cfg.model.model_dump(exclude={"init_from"}, exclude_none=True),
+        }
+        torch.manual_seed(cfg.seed)  # the initial weights; nothing else draws from the global generator
+        self.model = build_model(**self.model_kwargs).to(self.device)
+        if cfg.model.init_from:
+            load_state(self.model, checkpoint.find_weights(cfg.model.init_from), source=cfg.model.init_from)
+        self.null = cfg.model.num_classes if cfg.model.class_dropout_prob > 0 else None
+        self.macs = forward_macs(self.model)
+
+        self.update = Update(
+            self.model,
+            optim=cfg.optim,
+            ema=cfg.ema,
+            total_steps=cfg.train.steps,
+            precision=cfg.train.precision,
+            all_reduce_max=world.maximum if world.size > 1 else None,
+            rank=world.rank,
+        )
+        self.step, self.window, resumed = 0, [], self._resume()
+
+        compiled = cfg.train.compile if cfg.train.compile is not None else self.device.type == "cuda"
+        parallel.prepare_blocks(
+            self.model.blocks, activation_checkpoint=cfg.parallel.activation_checkpoint, compiled=compiled
+        )
+        self.network = parallel.data_parallel(self.model, world)
+        self.loader = Loader(
+            source,
+            train_rows,
+            data=cfg.data,
+            seed=cfg.seed,
+            consumed=self.step * cfg.data.batch_size,
+            accumulate=cfg.train.accumulate,
+            rank=world.rank,
+            world_size=world.size,
+            device=self.device,
+            quarantine=self.run_dir / "quarantine.txt",
+        )
+        self.source, self.val_rows = source, val_rows[world.rank :: world.size]
+        self.profile = Window(cfg.profile, self.run_dir, rank=world.rank)
+        self.peak = metrics.peak_flops(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
+        self.logger = metrics.Logger(
+            self.run_dir,
+            cfg.log,
+            config=cfg.model_dump(mode="json"),
+            total_steps=cfg.train.steps,
+            is_main=world.is_main,
+            resume_step=self.step if resumed else None,
+        )
+        self.logger.startup(self._summary(len(train_rows), compiled, resumed))
+
+    # ---------------------------------------------------------------------------------------------------- one step
+
+    def train_step(self) -> Tensor:
+        """One update of the weights; returns the gradient norm (a device tensor: nothing waits for it)."""
+        cfg, total = self.cfg, torch.zeros((), device=self.device)
+        for micro in range(cfg.train.accumulate):
+            with annotate("data"):
+                batch = self._next_batch()
+            with annotate("encode"):
+                x = self.vae.encode(batch.x, batch.index)
+            with annotate("interpolate"):
+                xt, t, target = self.interpolant.sample(x, batch.index)
+                prob = cfg.model.class_dropout_prob
+                y = drop_labels(batch.y, batch.index, prob=prob, null=cfg.model.num_classes, seed=cfg.seed)
+            with parallel.no_reduction(self.network, skip=micro < cfg.train.accumulate - 1):
+                with annotate("forward"):
+                    with self.autocast():
+                        out = self.network(xt, t, y)
+                    loss = interpolant_loss(out, target, t, interpolant=self.interpolant).mean() / cfg.train.accumulate
+                with annotate("backward"):
+                    self.update.scale_loss(loss).backward()
+            total += loss.detach()
+        with annotate("clip_optimizer_ema"):
+            grad_norm = self.update.step(self.step, total)
+            self.update.zero_grad()
+        self.window.append(total)
+        self.step += 1
+        return grad_norm
+
+    def autocast(self) -> torch.autocast:
+        dtype = AUTOCAST[self.cfg.train.precision]
+        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
+
+    def _next_batch(self) -> data.Batch:
+        start = time.perf_counter()
+        batch = next(self.loader)
+        self._waited += time.perf_counter() - start
+        return batch
+
+    # ---------------------------------------------------------------------------------------------------- the loop
+
+    def run(self) -> str | None:
+        """Train until `train.steps`, or until a signal; returns the name of the signal that ended it."""
+        cfg, stop, saved = self.cfg, parallel.StopRequest(), self.step
+        self._begin_window()
+        try:
+            while self.step < cfg.train.steps:
+                self.profile.step(self.step)
+                grad_norm = self.train_step()
+                self.logger.advance(self.step)
+                if self._due(cfg.log.every):
+                    self._log(grad_norm)
+                asked = self.world.any(stop.signal is not None)
+                if self._due(cfg.log.val_every):
+                    self._validate()
+                if self._due(cfg.sample.every) and not asked:
+                    self._sample()
+                if self._due(cfg.checkpoint.every) or asked:
+                    self._save()
+                    saved = self.step
+                if asked and self.step < cfg.train.steps:
+                    name = stop.signal or "a signal to another rank"
+                    self.logger.note(f"stopped by {name} after step {self.step}; the same command continues from there")
+                    return name
+            if saved < self.step:
+                self._save()
+            return None
+        finally:
+            stop.close()
+            self.close()
+
+    def close(self) -> None:
+        self.profile.close()
+        self.loader.close()
+        self.logger.close()
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and (self.step % every == 0 or self.step == self.cfg.train.steps)
+
+    def _log(self, grad_norm: Tensor) -> None:
+        """The only regular place where the host waits for the device."""
+        self.update.check(self.step)
+        losses = self.world.mean(torch.stack(self.window))
+        record: dict[str, Any] = {
+            "step": self.step,
+            "loss": losses.mean().item(),
+            "grad_norm": grad_norm.item(),
+            "lr": learning_rate(self.step - 1, self.cfg.optim, self.cfg.train.steps),
+        }
+        elapsed = time.perf_counter() - self._started - self._paused
+        images_per_s = (self.step - self._first) * self.cfg.data.batch_size / elapsed
+        record["images_per_s"] = images_per_s
+        record["mfu"] = 6 * self.macs * images_per_s / (self.peak * self.world.size) if self.peak else None
+        record["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else None
+        record["data_wait"] = self._waited / elapsed
+        record["eta_s"] = (self.cfg.train.steps - self.step) * self.cfg.data.batch_size / images_per_s
+        record["samples"] = self.step * self.cfg.data.batch_size
+        record["skipped"] = self.update.skipped.item()
+        record["unreadable"] = self.loader.unreadable
+        self.logger.step(record)
+        self.window = []
+        self._begin_window()
+
+    def _begin_window(self) -> None:
+        self._started, self._first, self._waited, self._paused = time.perf_counter(), self.step, 0.0, 0.0
+
+    @contextmanager
+    def _pause(self, name: str) -> Iterator[None]:
+        """Time inside, once the queued steps are done, does not count as training time."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        with annotate(name):
+            yield
+        self._paused += time.perf_counter() - start
+
+    # -------------------------------------------------------------------------------------------- now and then
+
+    def _validate(self) -> None:
+        batches = data.loader.fixed_batches(
+            self.source, self.val_rows, batch_size=self.cfg.sample.batch_size, device=self.device
+        )
+        with self._pause("validate"), self.autocast():
+            bins = validation_loss(
+                self.model,
+                batches,
+                vae=self.vae,
+                interpolant=self.interpolant,
+                bins=self.cfg.log.val_bins,
+                world=self.world,
+            )
+        values = {"val_loss": bins.mean().item()} | {f"val_loss_bin_{i}": v for i, v in enumerate(bins.tolist())}
+        self.logger.scalars(self.step, values)
+
+    def _sample(self) -> None:
+        """A grid from the averaged weights, at the same noise and labels every time."""
+        if not self.world.is_main:
+            return
+        settings = self.cfg.sample
+        labels = labels_for(settings.num, settings.classes, self.cfg.model.num_classes)
+        with self._pause("sample"), self.update.ema.applied(self.model), self.autocast():
+            images = generate(
+                self.model, self.vae, self.interpolant, labels, settings=settings, null=self.null, seed=self.cfg.seed
+            )
+        path = save_grid(images, self.run_dir / "samples" / f"step-{self.step}.png")
+        self.logger.image(self.step, "samples", path)
+
+    def _save(self) -> None:
+        """Write a checkpoint, atomically, from the main rank; all ranks wait for it."""
+        self.update.check(self.step)
+        window = self.world.mean(torch.stack(self.window)).tolist() if self.window else []
+        with self._pause("checkpoint"):
+            if self.world.is_main:
+                path = checkpoint.save(
+                    self.run_dir,
+                    self.step,
+                    model=self.model.state_dict(),
+                    emas={decay: self.update.ema.state(i) for i, decay in enumerate(self.cfg.ema.decays)},
+                    optimizer=self.update.state(),
+                    state={
+                        "samples": self.step * self.cfg.data.batch_size,
+                        "window": window,
+                        "model": self.model_kwargs,
+                    },
+                    config_yaml=config.dump(self.cfg),
+                    keep=self.cfg.checkpoint.keep,
+                )
+                self.logger.note(f"saved {path}")
+            self.world.barrier()
+
+    # ------------------------------------------------------------------------------------------------------ set-up
+
+    def _claim_folder(self) -> None:
+        """Make the run folder ours: new, or holding the same run."""
+        path = self.run_dir / "config.yaml"
+        if path.exists():
+            changed = config.differences(config.load(path), self.cfg)
+            if changed:
+                raise SitfastError(
+                    f"output_dir={self.run_dir} holds another run ({'; '.join(changed)});"
+                    " choose another output_dir, or remove that folder"
+                )
+        if self.world.is_main:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            checkpoint.clean(self.run_dir)
+            path.write_text(config.dump(self.cfg), encoding="utf-8")
+        self.world.barrier()
+
+    def _resume(self) -> bool:
+        """Continue from the newest valid checkpoint, if the folder has one."""
+        path = checkpoint.latest(self.run_dir, warn=lambda text: print(f"warning: {text}", flush=True))
+        if path is None:
+            return False
+        saved = checkpoint.load(path, device="cpu")
+        load_state(self.model, saved.model, source=str(path))
+        for i, decay in enumerate(self.cfg.ema.decays):
+            self.update.ema.load(i, saved.emas[decay])
+        self.update.load(saved.optimizer)
+        self.step = saved.step
+        self.window = list(torch.tensor(saved.state["window"], device=self.device))
+        return True
+
+    def _summary(self, num_rows: int, compiled: bool, resumed: bool) -> list[tuple[str, str]]:
+        cfg, world = self.cfg, self.world
+        name = (
+            torch.cuda.get_device_name(self.device)
+            if self.device.type == "cuda"
+            else f"CPU, {torch.get_num_threads()} threads"
+        )
+        size, channels = self.model_kwargs["input_size"], self.model_kwargs["in_channels"]
+        precision = {"bf16": "bf16 autocast, fp32 weights", "fp16": "fp16 autocast, loss scaling, fp32 weights"}
+        return [
+            ("device", f"{world.size} × {name}" if world.size > 1 else name),
+            ("model", f"{cfg.model.preset or type(self.model).__name__} on {channels} × {size} × {size}"),
+            ("parameters", f"{count_parameters(self.model):,}"),
+            ("compute", f"{2 * self.macs / 1e9:.2f} GFLOP an image forward, {6 * self.macs / 1e9:.2f} a training step"),
+            ("objective", f"{cfg.path.prediction} on the {cfg.path.type} path, t {cfg.path.time_sampling}"),
+            ("data", f"{cfg.data.source}: {num_rows:,} images to train on, {cfg.data.val_samples:,} held out"),
+            ("batch", f"{cfg.data.batch_size} = {world.size} ranks × {cfg.train.accumulate} micro-batches × "
+             f"{cfg.data.batch_size // world.size // cfg.train.accumulate}"),
+            ("vae", cfg.vae.id or "none: pixels"),
+            ("precision", precision.get(cfg.train.precision, cfg.train.precision)),
+            ("compiled", "each block, torch.compile" if compiled else "nothing"),
+            ("kernels", "PyTorch references"),
+            ("output", str(self.run_dir)),
+            ("start", f"resumed after step {self.step}" if resumed else "from the beginning"),
+        ]  # fmt: skip
