@@ -198,7 +198,7 @@ _FREE = (
 
 
 def load(path: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """The configuration in a YAML file (None: the defaults) with `section.field=value` overrides; SitfastError lists all mistakes."""
+    """The configuration in a YAML file (None: the defaults) with overrides; SitfastError lists all mistakes."""
     raw = _read(Path(path)) if path is not None else {}
     problems = _apply(raw, overrides)
     cfg = parse(raw, problems)

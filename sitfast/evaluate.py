@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,14 +34,17 @@ FIRST_INDEX = 1 << 62  # held-out rows draw from sample numbers that training ne
 def validation_loss(
     model: nn.Module, batches: Iterable[data.Batch], *, vae: Any, interpolant: Interpolant, bins: int, world: World
 ) -> Tensor:
-    """Mean loss in each of `bins` equal bins of t over all ranks' batches, fp64 `[bins]`, on the CPU."""
+    """Mean loss in each of `bins` equal bins of t over all ranks' batches, fp64 `[bins]`, on the CPU.
+
+    Rank r of R holds rows r, r + R, … of the held-out set, so that a row draws the same t and noise at any R.
+    """
     training = model.training
     model.eval()
     total = torch.zeros(bins + 1, dtype=torch.float64, device=world.device)
     t0, t1 = interpolant.train_interval()
     with torch.compiler.set_stance("force_eager"):
         for batch in batches:
-            index = batch.index + FIRST_INDEX
+            index = batch.index * world.size + world.rank + FIRST_INDEX
             x = vae.encode(batch.x, index)
             offset = philox.uniform(interpolant.seed, index, Stream.TIME)
             for b in range(bins):
@@ -107,14 +109,10 @@ def main(argv: list[str]) -> int:
             f"by a classifier that reads {result['classifier_accuracy']:.1%} of the held-out real digits right"
         )
         print(f"samples    {images.save_grid(x[:100], folder / 'samples.png', columns=10)}")
-    _write(folder / "evaluation.json", result)
+    (folder / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     if (folder / "metrics.jsonl").exists():
         print(f"loss curve {images.plot_loss(folder / 'metrics.jsonl', folder / 'loss.png')}")
     return 0
-
-
-def _write(path: Path, result: dict[str, Any]) -> None:
-    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

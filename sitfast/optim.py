@@ -84,7 +84,7 @@ class EMA:
         """
         weights = [p.detach().float() for p in self._trained.values()]
         for i, shadow in enumerate(self._shadows):
-            torch._fused_sgd_(
+            torch._fused_sgd_(  # pyright: ignore[reportPrivateImportUsage]
                 [shadow[name] for name in self._trained],
                 weights,
                 [],
@@ -261,8 +261,8 @@ class Update:
         if self._all_reduce_max is not None and reason != _LOSS:
             cause += " (gradients are averaged over the ranks, so the source may be another one)"
         raise SitfastError(
-            f"{what} at step {bad_step} on rank {rank}: {cause}; weights are those before that step, updates "
-            f"{bad_step} to {step - 1} were not applied; {remedy}"
+            f"{what} at step {bad_step + 1} on rank {rank}: {cause}; weights are those before that step, updates "
+            f"{bad_step + 1} to {step} were not applied; {remedy}"
         )
 
     def state(self) -> dict[str, Tensor]:

@@ -8,18 +8,20 @@ The model passes through three layers, in this order: activation checkpointing o
 
 from __future__ import annotations
 
-import functools
+import gc
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from sitfast.config import Config
 from sitfast.errors import SitfastError
@@ -101,6 +103,7 @@ def start(cfg: Config) -> Iterator[World]:
         host_group = None if backend == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
         yield World(rank, size, device, host_group)
     finally:
+        gc.collect()  # DistributedDataParallel refers to itself; left for exit, it can abort the process there
         dist.destroy_process_group()
 
 
@@ -108,11 +111,18 @@ def prepare_blocks(blocks: nn.ModuleList, *, activation_checkpoint: str, compile
     """Checkpoint and compile each block in place. Blocks share their code, so the compiler works once for all."""
     for block in blocks:
         if activation_checkpoint == "block":
-            block.forward = functools.partial(
-                torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
-            )
+            block.forward = _recomputed(block.forward)
         if compiled:
             block.compile()
+
+
+def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward` with its activations computed again in the backward pass. A function, not a partial: Dynamo needs a frame."""
+
+    def run(*args: Any) -> Any:
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False)
+
+    return run
 
 
 def data_parallel(model: nn.Module, world: World) -> nn.Module:
@@ -120,7 +130,7 @@ def data_parallel(model: nn.Module, world: World) -> nn.Module:
     if world.size == 1:
         return model
     ids = [world.device] if world.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
 
 
 def no_reduction(network: nn.Module, skip: bool) -> AbstractContextManager[None]:

@@ -40,7 +40,7 @@ class Stream(IntEnum):
 
 
 def philox4x32(counter: tuple[Any, Any, Any, Any], key: tuple[int, int]) -> tuple[Any, Any, Any, Any]:
-    """Ten rounds of Philox 4×32 on Python integers, NumPy integer arrays or int64 tensors (all 0 ≤ word < 2³²).
+    """Ten rounds of Philox 4×32 on Python integers, 64-bit NumPy arrays or int64 tensors (all 0 ≤ word < 2³²).
 
     A 32×32-bit product fits 64 bits; where the integer type is signed it wraps, and the mask after the shift restores the
     high half, so all three kinds give the same words.
@@ -61,6 +61,7 @@ def split64(value: int) -> tuple[int, int]:
 
 def words(seed: int, index: Tensor, stream: Stream, count: int, *, step: int = 0) -> Tensor:
     """Random 32-bit words as int64, `[B, count]`, on the device of `index` (`[B]`, int64)."""
+    assert 0 <= step < 1 << 24, "the step shares a 32-bit word with the stream"
     blocks = torch.arange((count + 3) // 4, device=index.device)
     lo, hi = index[:, None] & MASK32, (index[:, None] >> 32) & MASK32
     zero = torch.zeros_like(lo + blocks)
@@ -81,7 +82,7 @@ def normal(seed: int, index: Tensor, stream: Stream, *shape: int, step: int = 0)
     the value does not depend on where in a vector register the element happened to fall.
     """
     count = math.prod(shape)
-    pairs = words(seed, index, stream, (count + 3) // 4 * 4, step=step).view(len(index), -1, 2)
+    pairs = words(seed, index, stream, (count + 3) // 4 * 4, step=step).unflatten(1, (-1, 2))
     unit = (pairs.to(torch.float64) + 0.5) * 2.0**-32
     radius, angle = (-2.0 * unit[..., 0].log()).sqrt(), unit[..., 1] * (2.0 * math.pi)
     values = torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1)

@@ -8,6 +8,7 @@ is its weights, moments, averages and the number of steps done: what is in a che
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -81,7 +82,8 @@ class Trainer:
             all_reduce_max=world.maximum if world.size > 1 else None,
             rank=world.rank,
         )
-        self.step, self.window, resumed = 0, [], self._resume()
+        self.step, self.window = 0, []
+        resumed = self._resume()
 
         compiled = cfg.train.compile if cfg.train.compile is not None else self.device.type == "cuda"
         parallel.prepare_blocks(
@@ -253,12 +255,22 @@ class Trainer:
             return
         settings = self.cfg.sample
         labels = labels_for(settings.num, settings.classes, self.cfg.model.num_classes)
-        with self._pause("sample"), self.update.ema.applied(self.model), self.autocast():
-            images = generate(
-                self.model, self.vae, self.interpolant, labels, settings=settings, null=self.null, seed=self.cfg.seed
-            )
-        path = save_grid(images, self.run_dir / "samples" / f"step-{self.step}.png")
-        self.logger.image(self.step, "samples", path)
+        try:
+            with self._pause("sample"), self.update.ema.applied(self.model), self.autocast():
+                images = generate(
+                    self.model,
+                    self.vae,
+                    self.interpolant,
+                    labels,
+                    settings=settings,
+                    null=self.null,
+                    seed=self.cfg.seed,
+                )
+            path = save_grid(images, self.run_dir / "samples" / f"step-{self.step}.png")
+        except SitfastError as error:  # an early model can defeat an integrator; that is no reason to end the training
+            self.logger.warn(f"no sample grid at step {self.step}: {error}")
+        else:
+            self.logger.image(self.step, "samples", path)
 
     def _save(self) -> None:
         """Write a checkpoint, atomically, from the main rank; all ranks wait for it."""
@@ -303,7 +315,7 @@ class Trainer:
 
     def _resume(self) -> bool:
         """Continue from the newest valid checkpoint, if the folder has one."""
-        path = checkpoint.latest(self.run_dir, warn=lambda text: print(f"warning: {text}", flush=True))
+        path = checkpoint.latest(self.run_dir, warn=lambda text: print(f"warning: {text}", file=sys.stderr, flush=True))
         if path is None:
             return False
         saved = checkpoint.load(path, device="cpu")
@@ -327,7 +339,7 @@ class Trainer:
         return [
             ("device", f"{world.size} × {name}" if world.size > 1 else name),
             ("model", f"{cfg.model.preset or type(self.model).__name__} on {channels} × {size} × {size}"),
-            ("parameters", f"{count_parameters(self.model):,}"),
+            ("parameters", f"{count_parameters(self.model):,} ({metrics.format_count(count_parameters(self.model))})"),
             ("compute", f"{2 * self.macs / 1e9:.2f} GFLOP an image forward, {6 * self.macs / 1e9:.2f} a training step"),
             ("objective", f"{cfg.path.prediction} on the {cfg.path.type} path, t {cfg.path.time_sampling}"),
             ("data", f"{cfg.data.source}: {num_rows:,} images to train on, {cfg.data.val_samples:,} held out"),

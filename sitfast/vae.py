@@ -2,8 +2,8 @@
 
     z = mean(x) + std(x) · ε,   latents = (z − shift) · scale,        x = decoder(latents / scale + shift)
 
-ε is a Philox draw of (seed, sample index), so the posterior sample of an image does not depend on the batch it came in. Pixel
-models use `Pixels`, which passes everything through.
+ε is a Philox draw of (seed, sample index), so the posterior sample of an image does not depend on the batch it came in.
+Pixel models use `Pixels`, which passes everything through.
 """
 
 from __future__ import annotations
@@ -80,13 +80,15 @@ class AutoencoderVAE:
     def encode(self, x: Tensor, index: Tensor) -> Tensor:
         """Images x `[B, 3, H, W]` in [−1, 1] with their sample indices `[B]` → fp32 latents `[B, C, H/f, W/f]`."""
         pairs = zip(x.split(self.batch_size), index.split(self.batch_size), strict=True)
-        return torch.cat([self._encode(images, indices) for images, indices in pairs])
+        with self._own_precision():
+            return torch.cat([self._encode(images, indices) for images, indices in pairs])
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
         """Latents z `[B, C, h, w]` → fp32 images `[B, 3, h·f, w·f]`, about [−1, 1]."""
         parts = (z / self.scale + self.shift).split(self.batch_size)
-        return torch.cat([self.model.decode(self._cast(part)).sample.float() for part in parts])
+        with self._own_precision():
+            return torch.cat([self.model.decode(self._cast(part)).sample.float() for part in parts])
 
     def _encode(self, x: Tensor, index: Tensor) -> Tensor:
         posterior = self.model.encode(self._cast(x)).latent_dist
@@ -95,6 +97,10 @@ class AutoencoderVAE:
             std = (0.5 * posterior.logvar.float()).exp()
             z = z + std * philox.normal(self.seed, index, philox.Stream.VAE, *z.shape[1:])
         return ((z - self.shift) * self.scale).contiguous()
+
+    def _own_precision(self) -> torch.autocast:
+        """`vae.precision` holds inside the caller's autocast too."""
+        return torch.autocast(self.device.type, enabled=False)
 
     def _cast(self, x: Tensor) -> Tensor:
         return x.to(self.dtype).contiguous(memory_format=self.memory_format)
@@ -105,7 +111,7 @@ def build_vae(settings: VAEConfig, *, device: torch.device | str, seed: int) -> 
     if settings.id is None:
         return Pixels()
     try:
-        from diffusers import AutoencoderKL
+        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     except ImportError:
         raise SitfastError(f'vae.id={settings.id!r} needs diffusers: pip install "sitfast[vae]"') from None
     folder = Path(settings.id).expanduser()
@@ -119,7 +125,7 @@ def build_vae(settings: VAEConfig, *, device: torch.device | str, seed: int) -> 
         raise SitfastError(f"vae.id={settings.id!r} is no folder, and a hub id reads owner/name")
     name = str(folder) if folder.is_dir() else settings.id
     try:
-        model, info = AutoencoderKL.from_pretrained(
+        loaded: Any = AutoencoderKL.from_pretrained(
             name,
             use_safetensors=True,  # never a pickle
             low_cpu_mem_usage=False,  # True wants accelerate, and says so at length
@@ -129,6 +135,7 @@ def build_vae(settings: VAEConfig, *, device: torch.device | str, seed: int) -> 
         reason = next(iter(str(error).strip().splitlines()), "").strip() or type(error).__name__
         where = "the folder" if folder.is_dir() else "the name and the network, or give a local folder"
         raise SitfastError(f"vae.id={settings.id!r} cannot be loaded: {reason}; check {where}") from error
+    model, info = loaded
     if missing := info["missing_keys"]:  # diffusers leaves them at random values
         raise SitfastError(
             f"vae.id={settings.id!r} has no weights for {len(missing)} tensors of an AutoencoderKL "

@@ -16,6 +16,9 @@ from torch import Tensor
 from sitfast import checkpoint
 from sitfast.errors import SitfastError
 
+# Python warns of a fork beside threads; these children only write small files or end at once.
+quiet_fork = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
 
 def tensors(seed: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
@@ -126,7 +129,7 @@ def in_child(work) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # fork beside threads: the child copies tensors, no more
+@quiet_fork
 def test_kill_at_any_moment_leaves_whole_checkpoints_only(tmp_path):
     seen, moment, status = set(), 0, 9
     while status != 0:
@@ -149,6 +152,7 @@ def test_kill_at_any_moment_leaves_whole_checkpoints_only(tmp_path):
     assert seen == {("checkpoint-10", True), ("checkpoint-20", True), ("checkpoint-20", False)}
 
 
+@quiet_fork
 def test_clean_spares_the_temporaries_of_the_living(tmp_path):
     dead = os.fork()
     if dead == 0:

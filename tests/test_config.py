@@ -44,7 +44,7 @@ def test_all_mistakes_are_reported_at_once_with_path_value_and_remedy():
         "train.precision='bf17' must be one of 'fp32', 'tf32', 'bf16' or 'fp16'",
         "ema.decays.1=2 must be",
         "model=3 must be a section",
-        "sample.cfg_interval=[1, 0]",
+        "sample.cfg_interval=[1.0, 0.0]: must rise",
         "optim.warmup_steps=500000 with train.steps=400000",
     ):
         assert part in text, part
@@ -157,7 +157,7 @@ def test_every_field_is_read_somewhere():
                 owner = node.value
                 name = owner.attr if isinstance(owner, ast.Attribute) else getattr(owner, "id", "")
                 read.add((name.lstrip("_"), node.attr))
-    aliases = {"sample": {"settings"}, "": {"cfg"}}
+    aliases = {"sample": {"settings"}, "vae": {"settings"}, "": {"cfg"}}
     unread = []
     for path, _ in config._leaves(config.Config().model_dump()):
         section, _, field = path.rpartition(".")

@@ -42,8 +42,8 @@ def test_against_fp64(path, prediction, weight):
     loss = interpolant_loss(out, target, t, interpolant=interpolant)
     assert loss.shape == (32,)
     assert loss.dtype == torch.float32
-    # fp32: sigma and g carry a few 6e-8 each, and their quotient enters squared; measured 3e-6 at worst.
-    np.testing.assert_allclose(loss.double().numpy(), error, rtol=1e-5)
+    # fp32: sigma and g carry a few 6e-8 each, and their quotient enters squared; measured 4.4e-7 at worst.
+    np.testing.assert_allclose(loss.double().numpy(), error, rtol=2e-6)
 
 
 @pytest.mark.parametrize("prediction", ["noise", "score"])

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 
-from sitfast import metrics
+from sitfast import trackers
 from sitfast.config import LogConfig
 from sitfast.errors import SitfastError
 from sitfast.metrics import Logger, compact, format_count, format_duration, peak_flops
@@ -232,7 +232,8 @@ def on_terminal(body: str, columns: int) -> str:
     [
         (
             120,
-            "step 850/850 │ loss 0.5000 │ grad 0.250 │ lr 1.0e-3 │ 700 img/s │ mfu 41.0% │ 33.1 GiB │ wait  1% │ eta 9s",
+            "step 850/850 │ loss 0.5000 │ grad 0.250 │ lr 1.0e-3 │ 700 img/s │ mfu 41.0% │ 33.1 GiB │ wait  1%"
+            " │ eta 9s",
         ),
         (80, "step 850/850  loss 0.5000  grad 0.250  700 img/s  mfu 41.0%  wait  1%  eta 9s"),
         (50, "step 850/850  loss 0.5000  700 img/s  eta 9s"),
@@ -245,9 +246,11 @@ def test_terminal_widths(tmp_path: Path, columns: int, expected: str) -> None:
 from pathlib import Path
 from sitfast.config import LogConfig
 from sitfast.metrics import Logger
-log = Logger(Path({str(tmp_path)!r}), LogConfig(tensorboard=False), config={{}}, total_steps=850, is_main=True, resume_step=None)
+quiet = LogConfig(tensorboard=False)
+log = Logger(Path({str(tmp_path)!r}), quiet, config={{}}, total_steps=850, is_main=True, resume_step=None)
 log.advance(400)
-log.step(dict(step=850, loss=.5, grad_norm=.25, lr=1e-3, images_per_s=700., mfu=.41, memory_gib=33.1, data_wait=.01, eta_s=9.))
+speed = dict(images_per_s=700., mfu=.41, memory_gib=33.1, data_wait=.01, eta_s=9.)
+log.step(dict(step=850, loss=.5, grad_norm=.25, lr=1e-3, **speed))
 log.warn("look here")
 log.close()
 """
@@ -389,7 +392,7 @@ def test_tensorboard_may_be_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(SitfastError, match=r'log\.tensorboard=true needs tensorboard; pip install "sitfast\[track\]"'):
         logger(tmp_path, LogConfig(tensorboard=True))
-    monkeypatch.setattr(metrics, "find_spec", lambda name: None)
+    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
     logger(tmp_path, LogConfig(tensorboard=None)).close()
 
 

@@ -84,9 +84,11 @@ def test_every_part_of_the_address_matters():
     assert everything.unique().numel() == everything.numel()  # 224 words: a chance collision has p = 6e-6
 
 
-def test_scalar_shape_and_mean_and_spread():
-    index = torch.arange(40_000)
-    assert uniform(0, index, Stream.TIME).shape == normal(0, index, Stream.TIME).shape == (40_000,)
+@pytest.mark.parametrize("draw", [uniform, normal])
+def test_an_empty_shape_is_one_value_a_sample(draw):
+    index = torch.arange(40)
+    assert draw(0, index, Stream.TIME).shape == (40,)
+    assert torch.equal(draw(0, index, Stream.TIME), draw(0, index, Stream.TIME, 1)[:, 0])
 
 
 def test_uniforms_are_uniform():

@@ -19,7 +19,7 @@ def steps(window: Window, numbers: range) -> None:
     for step in numbers:
         window.step(step)
         with torch.profiler.record_function(f"step-{step}"):
-            torch.ones(2) + step
+            torch.ones(2).add(step)
     window.close()
 
 

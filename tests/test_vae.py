@@ -131,6 +131,15 @@ def test_bf16(model, saved):
     assert 1e-5 < error < 0.05  # bf16 keeps 8 bits; a dozen layers
 
 
+def test_the_autocast_of_the_model_does_not_reach_the_vae(saved):
+    vae, x = build(saved), images()
+    z = vae.encode(x, INDEX)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(vae.encode(x, INDEX), z)
+        inside = vae.decode(z)
+    assert torch.equal(inside, vae.decode(z))
+
+
 def test_sizes_and_channels(saved):
     vae = build(saved)
     assert vae.downsample == 2

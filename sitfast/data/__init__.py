@@ -48,7 +48,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch: images x `[B, C, H, W]`, labels y `[B]`, global sample indices `[B]`, names of the rows replaced."""
+    """One micro-batch: images x `[B, C, H, W]`, labels y `[B]`, global sample indices `[B]`, names of replaced rows."""
 
     x: Tensor
     y: Tensor
@@ -56,7 +56,7 @@ class Batch:
     skipped: tuple[str, ...] = ()
 
     def to(self, device: torch.device | str) -> Batch:
-        """On the device, without waiting for the copy; uint8 pixels become fp32 in [−1, 1] there, a quarter of the bytes."""
+        """On the device, without waiting for the copy; uint8 pixels travel as such and become fp32 in [−1, 1] there."""
         x, y, index = (tensor.to(device, non_blocking=True) for tensor in (self.x, self.y, self.index))
         if x.dtype == torch.uint8:
             x = x.to(torch.float32).div_(127.5).sub_(1.0)

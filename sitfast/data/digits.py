@@ -5,7 +5,7 @@ x = value / 8 − 1        fp32 [1, 8, 8] in [−1, 1]
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ class Digits:
             from sklearn.datasets import load_digits
         except ImportError:
             raise SitfastError('data.source=digits needs scikit-learn: pip install "sitfast[demo]"') from None
-        digits = load_digits()
+        digits: Any = load_digits()
         self._images = torch.from_numpy(digits.images).to(torch.float32).div(8.0).sub(1.0).unsqueeze(1)
         self._labels: list[int] = digits.target.tolist()
         self.class_names = [str(name) for name in digits.target_names]

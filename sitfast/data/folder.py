@@ -2,16 +2,18 @@
 
     halve with a box filter while min(width, height) ≥ 2·size  ▶  bicubic to min(width, height) = size  ▶  centre crop
 
-Labels follow the sorted names of the class folders, rows the sorted paths within each. Folders inside a class are walked
-(links to files are followed, links to folders inside a class are not, so that a loop cannot trap the walk); hidden files and
-folders are ignored.
+Labels follow the sorted names of the class folders, rows the sorted paths within each. Folders inside a class are
+walked (links to files are followed, links to folders inside a class are not, so that a loop cannot trap the walk);
+hidden files and folders are ignored.
 
-Two things go beyond ADM, and change no pixel of an ordinary RGB image: the EXIF orientation is applied (ADM ignores it), and
-transparency is laid over white (ADM drops the alpha channel and shows whatever colour lies below).
+Three things go beyond ADM, and change no pixel of an ordinary RGB image: the EXIF orientation is applied (ADM ignores
+it), transparency is laid over white (ADM drops the alpha channel and shows whatever colour lies below), and 16-bit grey
+is scaled to 8 bits (ADM clips it).
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
 from collections.abc import Iterator
@@ -97,10 +99,8 @@ def _decode(path: str) -> Image.Image:
         warnings.simplefilter("ignore")  # Pillow warns of odd metadata on every visit; what matters is raised
         image = Image.open(file, formats=_FORMATS)
         image.load()
-        try:
+        with contextlib.suppress(Exception):  # broken metadata says nothing about the pixels: they stay as stored
             image = ImageOps.exif_transpose(image)
-        except Exception:  # broken metadata says nothing about the pixels: they stay as stored
-            pass
         return _to_rgb(image)
 
 

@@ -2,9 +2,9 @@
 
     sample(index) = flip_{seed, index}(source.load(rows[order(index)]))
 
-is a pure function of (seed, index): the main process says which indices make a micro-batch, so that the number of workers
-changes how fast samples come, never which. An unreadable row is replaced by the first readable one after it, which depends on
-nothing but the index either; the main process notes it in the quarantine.
+is a pure function of (seed, index): the main process says which indices make a micro-batch, so that the number of
+workers changes how fast samples come, never which. An unreadable row is replaced by the first readable one after it,
+which depends on nothing but the index either; the main process notes it in the quarantine.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ from sitfast.errors import SitfastError
 
 if TYPE_CHECKING:
     from sitfast.config import DataConfig
+
+# A signal to the whole process group is for the main process, which finishes its step and saves; workers ignore it.
+_FOR_MAIN = (signal.SIGINT, signal.SIGTERM)
 
 
 class Loader:
@@ -62,11 +65,13 @@ class Loader:
             num_workers=data.num_workers,
             prefetch_factor=data.prefetch if data.num_workers else None,
             worker_init_fn=_start_worker,
-            collate_fn=_as_it_is,
+            collate_fn=_as_it_is,  # pyright: ignore[reportArgumentType]  with batch_size=None it gets one item, not a list
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # the DataLoader draws a seed nobody uses; not from the global generator
         )
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_MAIN)  # a worker inherits the mask from its first moment
         self._batches: Iterator[_Loaded] = iter(loader)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self.close = weakref.finalize(self, _shut_down, self._batches)  # runs once: here, or when Python exits
 
     def __iter__(self) -> Loader:
@@ -137,7 +142,7 @@ class _Failed(Exception):
 
 
 class _Reader(Dataset):
-    """Reads one micro-batch, given its global sample indices. It keeps no state, so every worker gives the same answer."""
+    """Reads one micro-batch, given its global sample indices. It keeps no state, so every worker answers alike."""
 
     def __init__(self, source: Source, rows: NDArray[np.int64], *, seed: int, flip: bool, patience: int) -> None:
         self.source = source
@@ -185,9 +190,8 @@ class _Reader(Dataset):
 
 
 def _start_worker(worker_id: int) -> None:
-    """A signal to the whole process group is for the main process, which finishes its step with the batches it has."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in _FOR_MAIN:
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 

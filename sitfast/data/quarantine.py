@@ -1,6 +1,7 @@
 """The list of unreadable images: one line each, path <tab> reason.
 
-Every image is listed once, also across restarts and ranks: the file is read at the start, and again before a line is added.
+Every image is listed once, also across restarts and ranks: the file is read at the start, and again before a line is
+added.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ _ESCAPES = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
 
 
 class Quarantine:
-    """The names seen so far, on disk where a file is given; `limit` is the share of `num_rows` that may be unreadable."""
+    """The names seen so far, on disk where a file is given; `limit` is the share of `num_rows` allowed to be there."""
 
     def __init__(self, file: Path | None, *, num_rows: int, limit: float) -> None:
         self.file = file
@@ -36,10 +37,10 @@ class Quarantine:
         if len(self._names) > self.limit * self.num_rows:
             name, reason = list(new.items())[-1]
             listed = f"the files listed in {self.file}, then delete that list" if self.file else "them"
+            share = f"{len(self._names)} of {self.num_rows} images ({len(self._names) / self.num_rows:.2%})"
             raise SitfastError(
-                f"{len(self._names)} of {self.num_rows} images ({len(self._names) / self.num_rows:.2%}) are unreadable, "
-                f"more than data.max_unreadable={self.limit} allows (latest: {name}: {reason}); "
-                f"repair or remove {listed}, or raise data.max_unreadable"
+                f"{share} are unreadable, more than data.max_unreadable={self.limit} allows (latest: {name}: {reason}"
+                f"); repair or remove {listed}, or raise data.max_unreadable"
             )
 
     def _listed(self) -> set[str]:

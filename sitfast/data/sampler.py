@@ -2,14 +2,14 @@
 
     epoch, position = divmod(index, num_rows)        row = permutation_{seed, epoch}(position)
 
-`index` counts the samples of the whole run, so a checkpoint needs that one number, and a global batch may cross the end of
-an epoch. The permutation is a Feistel network on Z_a × Z_b with a·b the least such product ≥ num_rows (a = ⌈√num_rows⌉):
+`index` counts the samples of the whole run, so a checkpoint needs that one number, and a global batch may cross the end
+of an epoch. The permutation is a Feistel network on Z_a × Z_b, a = ⌈√num_rows⌉ and b = ⌈num_rows / a⌉:
 
     left ← left + mix(right, key) mod a,   right ← right + mix(left, key') mod b,   four times over
 
-Each line can be undone, so the network is a bijection on a·b values; a value ≥ num_rows is sent through again until it lands
-inside ("cycle walking"), which restricts the bijection to the rows. Since a·b < num_rows + a, that is rare. The keys are Philox
-words of (seed, epoch).
+Each addition can be undone, so the network is a bijection on a·b values; a value ≥ num_rows is sent through again until
+it lands inside ("cycle walking"), which restricts the bijection to the rows. Since a·b < num_rows + a, that is rare.
+The keys are Philox words of (seed, epoch).
 """
 
 from __future__ import annotations
@@ -83,10 +83,10 @@ def _round_keys(seed: int, epoch: int) -> tuple[np.uint64, ...]:
 def micro_batches(
     consumed: int, *, batch_size: int, accumulate: int, rank: int, world_size: int
 ) -> Iterator[list[int]]:
-    """Endless lists of the global sample indices that this rank reads, one list a micro-batch, starting after `consumed`.
+    """Endless lists of the global sample indices that this rank reads, one list a micro-batch, after `consumed`.
 
-    Global batch k covers [consumed + k·B, consumed + (k+1)·B); its micro-batch m is the m-th of `accumulate` contiguous parts,
-    and each rank takes the rank-th contiguous slice of that.
+    Global batch k covers [consumed + k·B, consumed + (k+1)·B); its micro-batch m is the m-th of `accumulate` contiguous
+    parts, and each rank takes the rank-th contiguous slice of that.
     """
     parts = accumulate * world_size
     if batch_size % parts:

@@ -38,7 +38,7 @@ def single(tmp_path):
     return tmp_path / "class"
 
 
-# The filters of a resize, from their definition: a weighted mean of the source pixels around the centre of each new pixel.
+# The filters of a resize, from their definition: a weighted mean of the source pixels around each new pixel's centre.
 
 
 def box(x):

@@ -23,9 +23,9 @@ class Numbers:
     """Row r is an image whose pixels say r, then 0 … 11; the rows in `broken` cannot be read."""
 
     num_rows, num_classes, channels, image_size = ROWS, 5, 1, 4
-    class_names = list("abcde")
 
     def __init__(self, broken=()):
+        self.class_names = list("abcde")
         self.broken = set(broken)
 
     def load(self, row):
@@ -115,7 +115,7 @@ def test_pixels_become_fp32_between_minus_one_and_one():
 
 def test_the_number_of_workers_changes_nothing():
     broken = Numbers(broken=[1, 5, 6, 20])
-    changes = dict(flip=True, accumulate=2)
+    changes = {"flip": True, "accumulate": 2}
     assert_same(take(loader(broken, **changes), 12), take(loader(broken, num_workers=2, **changes), 12))
 
 
@@ -158,7 +158,7 @@ def test_an_unreadable_row_is_replaced_by_the_next_readable_one():
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_quarantine_lists_each_image_once_also_across_restarts(tmp_path, num_workers):
     file = tmp_path / "run" / "quarantine.tsv"
-    changes = dict(quarantine=file, num_workers=num_workers)
+    changes = {"quarantine": file, "num_workers": num_workers}
     first = loader(Numbers(broken=[5, 6]), **changes)
     take(first, 12)
     assert first.unreadable == 2
@@ -182,7 +182,7 @@ def test_another_rank_has_listed_it_already(tmp_path):
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_too_large_a_share_stops_the_run(tmp_path, num_workers):
     file = tmp_path / "quarantine.tsv"
-    changes = dict(max_unreadable=0.1, num_workers=num_workers)
+    changes = {"max_unreadable": 0.1, "num_workers": num_workers}
     take(loader(Numbers(broken=[1, 10, 20]), quarantine=file, **changes), 8)  # 3 ≤ 0.1 · 37
     batches = loader(Numbers(broken=[1, 10, 20, 30]), quarantine=file, **changes)
     with pytest.raises(SitfastError) as caught:
@@ -190,7 +190,8 @@ def test_too_large_a_share_stops_the_run(tmp_path, num_workers):
     start, end = str(caught.value).split(" (latest: ")
     assert start == "4 of 37 images (10.81%) are unreadable, more than data.max_unreadable=0.1 allows"
     assert end.endswith(
-        f": made to fail); repair or remove the files listed in {file}, then delete that list, or raise data.max_unreadable"
+        f": made to fail); repair or remove the files listed in {file}, then delete that list, "
+        "or raise data.max_unreadable"
     )
 
 

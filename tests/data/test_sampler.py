@@ -72,7 +72,7 @@ def test_micro_batches_partition_the_global_batch(world_size, accumulate):
 
 
 def test_micro_batches_continue_from_any_sample():
-    settings = dict(batch_size=12, accumulate=3, rank=1, world_size=2)
+    settings = {"batch_size": 12, "accumulate": 3, "rank": 1, "world_size": 2}
     whole = list(itertools.islice(micro_batches(0, **settings), 30))
     assert list(itertools.islice(micro_batches(12 * 7, **settings), 9)) == whole[21:]
 
