@@ -241,7 +241,7 @@ def dump(cfg: Config) -> str:
 
 def differences(old: Config, new: Config) -> list[str]:
     """`section.field: old → new` for every field whose change makes it another run."""
-    free = set(_FREE)
+    free: set[str] = set(_FREE)
     if new.optim.schedule == "constant":
         free.add("train.steps")  # under a cosine the number of steps shapes every rate
     before, after = dict(_leaves(old.model_dump())), dict(_leaves(new.model_dump()))

@@ -34,7 +34,7 @@ class World:
     rank: int
     size: int
     device: torch.device
-    host_group: dist.ProcessGroup | None = None
+    host_group: Any = None  # a dist.ProcessGroup; None is the default one
 
     @property
     def is_main(self) -> bool:

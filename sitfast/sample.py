@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sitfast import checkpoint, cli, config, images, parallel
 from sitfast.config import Config, SampleConfig
@@ -33,7 +33,7 @@ def labels_for(num: int, classes: tuple[int, ...] | None, num_classes: int) -> T
 
 @torch.no_grad()
 def generate(
-    model: nn.Module,
+    model: SiT,
     vae: Any,
     interpolant: Interpolant,
     labels: Tensor,
@@ -125,8 +125,13 @@ def main(argv: list[str]) -> int:
     run = Restored(args.ckpt, ema=args.weights == "ema", device=args.device, overrides=[*short, *args.overrides])
 
     settings, num_classes = run.cfg.sample, run.cfg.model.num_classes
-    classes = parse_classes(args.classes, num_classes) if args.classes else settings.classes
-    num = args.num if args.num is not None else 4 * len(classes) if args.classes else settings.num
+    classes, num, columns = settings.classes, settings.num, None
+    if args.classes:
+        classes = parse_classes(args.classes, num_classes)
+        num = 4 * len(classes)
+        columns = len(classes) if len(classes) <= 20 else None
+    if args.num is not None:
+        num = args.num
     if num < 1:
         raise SitfastError(f"--num {num} must be at least 1")
     labels = labels_for(num, classes, num_classes)
@@ -138,7 +143,6 @@ def main(argv: list[str]) -> int:
     elif args.format == "npz":
         out = images.save_npz(x, labels, args.out or run.folder.parent / f"samples-{step}.npz")
     else:
-        columns = len(classes) if args.classes and len(classes) <= 20 else None
         out = images.save_grid(x, args.out or run.folder.parent / f"samples-{step}.png", columns=columns)
     print(f"{num} samples of {run.folder} ({settings.method}, {settings.steps} steps, cfg {settings.cfg:g}) → {out}")
     return 0

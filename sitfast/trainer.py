@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sitfast import checkpoint, config, data, metrics, parallel
 from sitfast.config import Config
-from sitfast.data.loader import Loader
+from sitfast.data.loader import Loader, fixed_batches
 from sitfast.data.sampler import held_out
 from sitfast.errors import SitfastError
 from sitfast.evaluate import validation_loss
@@ -234,9 +234,7 @@ class Trainer:
     # -------------------------------------------------------------------------------------------- now and then
 
     def _validate(self) -> None:
-        batches = data.loader.fixed_batches(
-            self.source, self.val_rows, batch_size=self.cfg.sample.batch_size, device=self.device
-        )
+        batches = fixed_batches(self.source, self.val_rows, batch_size=self.cfg.sample.batch_size, device=self.device)
         with self._pause("validate"), self.autocast():
             bins = validation_loss(
                 self.model,
