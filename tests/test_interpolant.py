@@ -2,7 +2,6 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-import exact
 import numpy as np
 import pytest
 import torch
@@ -11,6 +10,7 @@ from scipy import stats
 from sitfast.errors import SitfastError
 from sitfast.interpolant import Interpolant, flip_time
 from sitfast.philox import Stream, normal, uniform
+from tests import exact
 
 PATHS, PREDICTIONS = ("linear", "gvp", "vp"), ("velocity", "noise", "score")
 TIMES = [1e-6, 1e-5, 1e-3, 0.1, 0.3, 0.5, 0.77, 0.96, 0.999, 1 - 1e-5, 1 - 1e-6]

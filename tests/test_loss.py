@@ -1,12 +1,12 @@
 from __future__ import annotations
 
-import exact
 import numpy as np
 import pytest
 import torch
 
 from sitfast.interpolant import Interpolant
 from sitfast.loss import interpolant_loss
+from tests import exact
 
 PATHS, PREDICTIONS, WEIGHTS = (
     ("linear", "gvp", "vp"),

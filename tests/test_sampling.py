@@ -3,7 +3,6 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-import exact
 import numpy as np
 import pytest
 import torch
@@ -14,6 +13,7 @@ from sitfast.errors import SitfastError
 from sitfast.interpolant import Interpolant
 from sitfast.philox import Stream, normal
 from sitfast.sampling import dopri5, sample, start_noise
+from tests import exact
 
 PATHS, PREDICTIONS = ("linear", "gvp", "vp"), ("velocity", "noise", "score")
 FORMS = ("constant", "sbdm", "sigma", "linear", "decreasing", "increasing_decreasing")
