@@ -48,7 +48,7 @@ class AutoencoderVAE:
         self.device = torch.device(device)
         self.dtype = _DTYPES[settings.precision]
         self.memory_format = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
-        self.model = model.to(self.device, self.dtype, memory_format=self.memory_format).requires_grad_(False).eval()
+        self.model = model.to(self.device, memory_format=self.memory_format).requires_grad_(False).eval()
         own = model.config
         self.scale = float(own.scaling_factor if settings.scale is None else settings.scale)
         self.shift = float((own.shift_factor or 0.0) if settings.shift is None else settings.shift)
@@ -127,6 +127,7 @@ def build_vae(settings: VAEConfig, *, device: torch.device | str, seed: int) -> 
     try:
         loaded: Any = AutoencoderKL.from_pretrained(
             name,
+            torch_dtype=_DTYPES[settings.precision],
             use_safetensors=True,  # never a pickle
             low_cpu_mem_usage=False,  # True wants accelerate, and says so at length
             output_loading_info=True,

@@ -33,9 +33,9 @@ def ended(monkeypatch: pytest.MonkeyPatch, error: BaseException | None, *, code:
 def process(body: str, *, shell_tail: str = "", **env: str) -> subprocess.CompletedProcess[str]:
     """Run a script that ends with `cli.run(main)`, perhaps into a pipe."""
     script = f"from sitfast import cli\nfrom sitfast.errors import SitfastError\n{body}\ncli.run(main)\n"
-    environment = {k: v for k, v in os.environ.items() if k != "RANK"} | {"PYTHONPATH": str(ROOT)} | env
+    environment = {k: v for k, v in os.environ.items() if k != "RANK"} | env
     command = ["bash", "-c", f'set -o pipefail; "$0" -c "$1" {shell_tail}', sys.executable, script]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=60)
 
 
 def test_status_of_success(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -210,8 +210,10 @@ def on_terminal(body: str, columns: int) -> str:
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     env = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES", "NO_COLOR", "CI")}
-    env |= {"TERM": "xterm-256color", "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"}
-    process = subprocess.Popen([sys.executable, "-c", body], stdout=theirs, stderr=theirs, stdin=theirs, env=env)
+    env |= {"TERM": "xterm-256color", "PYTHONIOENCODING": "utf-8"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", body], stdout=theirs, stderr=theirs, stdin=theirs, env=env, cwd=ROOT
+    )
     os.close(theirs)
     output = b""
     while True:
