@@ -244,10 +244,9 @@ class Logger:
         if not now and clock - self._drawn < _REDRAW_S:
             return
         self._drawn = clock
-        if self._bar is None:
-            self._bar = self._start_bar()
-        self._bar.update(self._bar.task_ids[0], completed=step)
-        self._bar.refresh()
+        bar = self._bar = self._bar or self._start_bar()
+        bar.update(bar.task_ids[0], completed=step)
+        bar.refresh()
 
     def close(self) -> None:
         """Take the bar off the terminal and finish the files; may be called twice."""

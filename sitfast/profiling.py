@@ -67,8 +67,9 @@ class Window:
             torch.cuda.synchronize()  # the kernels of earlier steps stay outside
             torch.cuda.profiler.start()
         if self.trace is not None:
-            self.profiler = torch.profiler.profile()  # CPU, and the GPU where there is one
-            self.profiler.start()
+            profiler = torch.profiler.profile()  # CPU, and the GPU where there is one
+            profiler.start()
+            self.profiler = profiler
 
     def close(self) -> None:
         """End the window, if it is open, and write its trace."""

@@ -27,7 +27,7 @@ from sitfast.evaluate import validation_loss
 from sitfast.images import save_grid
 from sitfast.interpolant import Interpolant
 from sitfast.loss import interpolant_loss
-from sitfast.model import build_model, count_parameters, drop_labels, forward_macs, load_state
+from sitfast.model import build_model, count_parameters, drop_labels, forward_macs, load_state, preset_kwargs
 from sitfast.optim import Update, learning_rate
 from sitfast.parallel import World
 from sitfast.profiling import Window, annotate
@@ -66,6 +66,7 @@ class Trainer:
             "in_channels": self.vae.latent_channels(source.channels),
             **cfg.model.model_dump(exclude={"init_from"}, exclude_none=True),
         }
+        _check_patches(cfg, self.vae.downsample)
         torch.manual_seed(cfg.seed)  # the initial weights; nothing else draws from the global generator
         self.model = build_model(**self.model_kwargs).to(self.device)
         if cfg.model.init_from:
@@ -159,6 +160,10 @@ class Trainer:
     def run(self) -> str | None:
         """Train until `train.steps`, or until a signal; returns the name of the signal that ended it."""
         cfg, stop, saved = self.cfg, parallel.StopRequest(), self.step
+        if self.step >= cfg.train.steps:
+            self.logger.note(
+                f"all {self.step} steps are done; raise train.steps to go on, or choose another output_dir"
+            )
         self._begin_window()
         try:
             while self.step < cfg.train.steps:
@@ -350,3 +355,16 @@ class Trainer:
             ("output", str(self.run_dir)),
             ("start", f"resumed after step {self.step}" if resumed else "from the beginning"),
         ]  # fmt: skip
+
+
+def _check_patches(cfg: Config, downsample: int) -> None:
+    """The image must split evenly into patches, through the VAE where there is one."""
+    patch = cfg.model.patch_size or preset_kwargs(cfg.model.preset or "")["patch_size"]
+    pixels, size = patch * downsample, cfg.data.image_size
+    if size % pixels:
+        below = size // pixels * pixels
+        options = f"{below} or {below + pixels}" if below else f"{pixels}"
+        through = f" behind a VAE that shrinks {downsample} times" if downsample > 1 else ""
+        raise SitfastError(
+            f"data.image_size={size} is not divisible by {pixels}, the pixels of a patch of {patch}{through}; try {options}"
+        )

@@ -80,6 +80,7 @@ def command(
 ) -> subprocess.CompletedProcess:
     """Run `python -m module …` (or `-c code`, or under torchrun) as a user would and capture what it says."""
     head = ["-c", code] if code else ["-m", module]
+    threads = str(torch.get_num_threads()) if ranks == 1 else "1"  # bits depend on how many threads share a sum
     if ranks > 1:
         head = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", module]
     return subprocess.run(
@@ -88,7 +89,7 @@ def command(
         text=True,
         timeout=240,
         cwd=Path(__file__).parent.parent,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
+        env={**os.environ, "OMP_NUM_THREADS": threads, **env},
     )
 
 

@@ -168,9 +168,11 @@ def test_the_run_folder_holds_the_resolved_config_and_refuses_another_run(tiny, 
     assert train(*tiny, "train.steps=4", "log.every=2").step == 4  # what may change does not count
 
 
-def test_a_finished_run_trains_no_further(tiny):
+def test_a_finished_run_trains_no_further(tiny, capsys):
     train(*tiny, "train.steps=3")
+    capsys.readouterr()
     assert train(*tiny, "train.steps=3").step == 3
+    assert "all 3 steps are done" in capsys.readouterr().out
 
 
 def test_keep_last_and_newest_valid(tiny, tmp_path, capsys):
@@ -200,7 +202,7 @@ def test_training_starts_from_given_weights(tiny, tmp_path):
         (["data.source=folder", "data.path=absent"], "absent"),
         (["data.source=folder", "data.path=EMPTY"], "empty"),
         (["model.num_classes=2", "data.source=folder", "data.path=IMAGES"], "use model.num_classes=3"),
-        (["model.patch_size=3"], "is not divisible by patch_size=3"),
+        (["model.patch_size=3"], "data.image_size=8 is not divisible by 3, the pixels of a patch of 3; try 6 or 9"),
         (["model.init_from=absent.safetensors"], "absent.safetensors"),
         (["model.num_heads=3"], "num_heads=3"),
         (["train.device=cuda"], "sees no GPU"),
@@ -216,6 +218,21 @@ def test_bad_input_is_one_clear_line(tiny, tmp_path, image_folder, overrides, me
     with pytest.raises(SitfastError) as caught:
         train(*tiny, *filled)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_image_that_vae_and_patch_do_not_divide(tiny, tmp_path, image_folder):
+    from diffusers import AutoencoderKL
+
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    vae = AutoencoderKL(block_out_channels=(8, 16), norm_num_groups=4, latent_channels=4, **blocks)
+    vae.save_pretrained(tmp_path / "vae")
+    run = [*tiny, *folder_run(image_folder), f"vae.id={tmp_path / 'vae'}", "train.steps=1", "data.image_size=8"]
+    assert train(*run, "model.patch_size=2").model.in_channels == 4
+    message = "data.image_size=8 is not divisible by 6, the pixels of a patch of 3 behind a VAE that shrinks 2 times; try 6 or 12"
+    with pytest.raises(SitfastError, match=message):
+        train(*run, "model.patch_size=3", f"output_dir={tmp_path / 'b'}")
+    with pytest.raises(SitfastError, match=r"data\.image_size=9 .*2"):
+        train(*run, "data.image_size=9", f"output_dir={tmp_path / 'c'}")
 
 
 def test_weights_of_another_shape_or_a_truncated_file(tiny, tmp_path):
