@@ -104,13 +104,22 @@ def test_a_file_that_is_no_config(tmp_path):
         config.load(tmp_path / "absent.yaml")
 
 
-def test_world_size_must_divide_the_batch():
-    cfg = config.load(None, [*FOLDER, "data.batch_size=250"])
-    with pytest.raises(SitfastError, match="data.batch_size=250 is not divisible by world_size=8; try 248 or 256"):
-        config.check_world(cfg, 8)
-    config.check_world(cfg, 5)
-    with pytest.raises(SitfastError, match="world_size=5 times train.accumulate=50; try 250"):
-        config.check_world(config.load(None, [*FOLDER, "data.batch_size=100", "train.accumulate=50"]), 5)
+@pytest.mark.parametrize(
+    ("batch_size", "accumulate", "world_size", "message"),
+    [
+        (250, 1, 8, "data.batch_size=250 is not divisible by world_size=8; try 248 or 256"),
+        (100, 50, 5, "data.batch_size=100 is not divisible by world_size=5 times train.accumulate=50; try 250"),
+        (100, 4, 3, "data.batch_size=100 is not divisible by world_size=3 times train.accumulate=4; try 96 or 108"),
+        (250, 1, 5, None),
+    ],
+)
+def test_ranks_and_micro_batches_must_divide_the_batch(batch_size, accumulate, world_size, message):
+    cfg = config.load(None, [*FOLDER, f"data.batch_size={batch_size}", f"train.accumulate={accumulate}"])
+    if message is None:
+        config.check_world(cfg, world_size)
+    else:
+        with pytest.raises(SitfastError, match=f"^{message}$"):
+            config.check_world(cfg, world_size)
 
 
 def test_dump_reads_back_equal(tmp_path):

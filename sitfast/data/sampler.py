@@ -88,19 +88,12 @@ def micro_batches(
     Global batch k covers [consumed + k·B, consumed + (k+1)·B); its micro-batch m is the m-th of `accumulate` contiguous
     parts, and each rank takes the rank-th contiguous slice of that.
     """
-    parts = accumulate * world_size
-    if batch_size % parts:
-        lower = batch_size // parts * parts
-        choices = f"{lower} or {lower + parts}" if lower else f"{parts}"
-        divisor = f"train.accumulate={accumulate} × world_size={world_size}" if accumulate > 1 else f"{world_size=}"
-        raise SitfastError(f"data.batch_size={batch_size} is not divisible by {divisor}; try {choices}")
-    return _micro_batches(consumed + rank * (batch_size // parts), batch_size // accumulate, batch_size // parts)
-
-
-def _micro_batches(start: int, stride: int, size: int) -> Iterator[list[int]]:
+    assert batch_size % (accumulate * world_size) == 0, "config.check_world sees to that"
+    size = batch_size // (accumulate * world_size)
+    start = consumed + rank * size
     while True:
         yield list(range(start, start + size))
-        start += stride
+        start += size * world_size
 
 
 def held_out(num_rows: int, val_samples: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

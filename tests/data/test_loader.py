@@ -236,11 +236,6 @@ def test_a_worker_that_is_killed():
         take(loader(Dying(), num_workers=1), 1)
 
 
-def test_an_indivisible_batch():
-    with pytest.raises(SitfastError, match=r"data.batch_size=10 is not divisible by world_size=4; try 8 or 12"):
-        loader(world_size=4)
-
-
 def test_workers_ignore_signals_and_close_ends_them():
     batches = loader(num_workers=2)
     next(batches)

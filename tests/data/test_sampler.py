@@ -77,15 +77,6 @@ def test_micro_batches_continue_from_any_sample():
     assert list(itertools.islice(micro_batches(12 * 7, **settings), 9)) == whole[21:]
 
 
-@pytest.mark.parametrize(
-    ("batch_size", "accumulate", "world_size", "choices"),
-    [(250, 1, 8, "try 248 or 256"), (10, 4, 3, "try 12"), (100, 3, 2, "try 96 or 102")],
-)
-def test_an_indivisible_batch_names_what_would_work(batch_size, accumulate, world_size, choices):
-    with pytest.raises(SitfastError, match=f"data.batch_size={batch_size} is not divisible by .*{choices}$"):
-        micro_batches(0, batch_size=batch_size, accumulate=accumulate, rank=0, world_size=world_size)
-
-
 def test_held_out_rows_are_fixed_disjoint_and_spread():
     train, val = held_out(1797, 180)
     assert len(val) == 180
