@@ -70,8 +70,10 @@ class Loader:
             generator=torch.Generator(),  # the DataLoader draws a seed nobody uses; not from the global generator
         )
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_MAIN)  # a worker inherits the mask from its first moment
-        self._batches: Iterator[_Loaded] = iter(loader)
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        try:
+            self._batches: Iterator[_Loaded] = iter(loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self.close = weakref.finalize(self, _shut_down, self._batches)  # runs once: here, or when Python exits
 
     def __iter__(self) -> Loader:

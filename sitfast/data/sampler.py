@@ -14,6 +14,7 @@ The keys are Philox words of (seed, epoch).
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from functools import lru_cache
@@ -88,12 +89,10 @@ def micro_batches(
     Global batch k covers [consumed + k·B, consumed + (k+1)·B); its micro-batch m is the m-th of `accumulate` contiguous
     parts, and each rank takes the rank-th contiguous slice of that.
     """
-    assert batch_size % (accumulate * world_size) == 0, "config.check_world sees to that"
-    size = batch_size // (accumulate * world_size)
-    start = consumed + rank * size
-    while True:
-        yield list(range(start, start + size))
-        start += size * world_size
+    size, rest = divmod(batch_size, accumulate * world_size)
+    assert rest == 0, "config.check_world sees to that"
+    starts = itertools.count(consumed + rank * size, size * world_size)
+    return (list(range(start, start + size)) for start in starts)
 
 
 def held_out(num_rows: int, val_samples: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
