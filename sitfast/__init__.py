@@ -4,6 +4,7 @@ from sitfast.errors import SitfastError
 from sitfast.interpolant import Interpolant
 from sitfast.loss import interpolant_loss
 from sitfast.model import DiT, SiT, build_model, count_parameters, forward_macs, interpolate_pos_embed, load_state
+from sitfast.patch import patch, unpatch
 
 __all__ = [
     "DiT",
@@ -16,4 +17,6 @@ __all__ = [
     "interpolant_loss",
     "interpolate_pos_embed",
     "load_state",
+    "patch",
+    "unpatch",
 ]

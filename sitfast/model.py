@@ -4,9 +4,10 @@
     block:   x = x + gate · attn(LN(x) · (1 + scale) + shift),  then the same with an MLP for attn
     output = unpatchify(linear(LN(x) · (1 + scale) + shift)),   every shift, scale and gate linear in SiLU(c)
 
-A block does not add its last branch itself: it hands (x, y, gate) on with x + gate · y still pending, so that one
-kernel does that sum and the next layer norm. Parameter names, their order and their initialisation are those of the
-published SiT and DiT checkpoints. The model draws nothing at random after that; `drop_labels` is the label dropout.
+A block does not add its last branch itself: it hands (x, y, gate, bias) on with x + gate · (y + bias) still pending, so
+that one kernel does that sum and the next layer norm, and the gradient of the bias falls out of its backward. Parameter
+names, their order and their initialisation are those of the published SiT and DiT checkpoints. The model draws nothing
+at random after that; `drop_labels` is the label dropout.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from torch import Tensor, nn
 from sitfast import philox
 from sitfast.errors import SitfastError
 from sitfast.kernels import attention, gated_residual_layernorm_modulate, layernorm_modulate, mlp
+
+Pending = tuple[Tensor, Tensor, Tensor]  # y [B, N, D], gate [B, D], bias [D]: gate · (y + bias) is still to be added
 
 FREQUENCY_DIM = 256  # width of the sinusoidal timestep embedding
 MAX_PERIOD = 10_000.0
@@ -73,7 +76,7 @@ class LabelEmbedder(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention of h [B, N, D]."""
+    """Multi-head self-attention of h [B, N, D], without the bias of its last layer, which is left pending."""
 
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
@@ -83,11 +86,11 @@ class Attention(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         qkv = self.qkv(h).unflatten(-1, (3, self.num_heads, -1))
-        return self.proj(attention(qkv).flatten(2))
+        return F.linear(attention(qkv).flatten(2), self.proj.weight)
 
 
 class Mlp(nn.Module):
-    """Feed-forward branch of h [B, N, D]."""
+    """Feed-forward branch of h [B, N, D], without the bias of its last layer, which is left pending."""
 
     def __init__(self, hidden_size: int, mlp_size: int) -> None:
         super().__init__()
@@ -95,7 +98,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(mlp_size, hidden_size)
 
     def forward(self, h: Tensor) -> Tensor:
-        return mlp(h, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+        return mlp(h, self.fc1.weight, self.fc1.bias, self.fc2.weight)
 
 
 def adaln_linear(hidden_size: int, num_chunks: int) -> nn.Sequential:
@@ -111,8 +114,8 @@ def modulation(adaln: nn.Sequential, c_silu: Tensor, num_chunks: int) -> tuple[T
 class Block(nn.Module):
     """One transformer block with adaLN-zero conditioning.
 
-    Takes x [B, N, D], the pending branch y [B, N, D] with its gate [B, D] (both None before the first block) and
-    SiLU(c) [B, D]; returns x, y, gate with its own last branch pending.
+    Takes x [B, N, D], what is pending (None before the first block) and SiLU(c) [B, D]; returns x and its own last
+    branch as pending: y [B, N, D], gate [B, D] and bias [D].
     """
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_size: int) -> None:
@@ -121,16 +124,17 @@ class Block(nn.Module):
         self.mlp = Mlp(hidden_size, mlp_size)
         self.adaLN_modulation = adaln_linear(hidden_size, 6)
 
-    def forward(
-        self, x: Tensor, y: Tensor | None, gate: Tensor | None, c_silu: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, pending: Pending | None, c_silu: Tensor) -> tuple[Tensor, Pending]:
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation(self.adaLN_modulation, c_silu, 6)
-        if y is None or gate is None:
+        if pending is None:
             h = layernorm_modulate(x, shift_msa, scale_msa)
         else:
-            x, h = gated_residual_layernorm_modulate(x, y, gate, shift_msa, scale_msa)
-        x, h = gated_residual_layernorm_modulate(x, self.attn(h), gate_msa, shift_mlp, scale_mlp)
-        return x, self.mlp(h), gate_mlp
+            y, gate, bias = pending
+            x, h = gated_residual_layernorm_modulate(x, y, gate, shift_msa, scale_msa, bias=bias)
+        y, bias = self.attn(h), self.attn.proj.bias
+        x, h = gated_residual_layernorm_modulate(x, y, gate_msa, shift_mlp, scale_mlp, bias=bias)
+        # A copy of the bias: the parameter itself belongs to this block, which may be sharded again when it returns.
+        return x, (self.mlp(h), gate_mlp, self.mlp.fc2.bias.clone())
 
 
 class FinalLayer(nn.Module):
@@ -141,9 +145,10 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
         self.adaLN_modulation = adaln_linear(hidden_size, 2)
 
-    def forward(self, x: Tensor, y: Tensor, gate: Tensor, c_silu: Tensor) -> Tensor:
+    def forward(self, x: Tensor, pending: Pending, c_silu: Tensor) -> Tensor:
         shift, scale = modulation(self.adaLN_modulation, c_silu, 2)
-        _, h = gated_residual_layernorm_modulate(x, y, gate, shift, scale)
+        y, gate, bias = pending
+        _, h = gated_residual_layernorm_modulate(x, y, gate, shift, scale, bias=bias)
         return self.linear(h)
 
 
@@ -215,10 +220,10 @@ class SiT(nn.Module):
         self._check_inputs(x, t, y)
         tokens = self.x_embedder(x) + self.pos_embed
         c_silu = F.silu(self.t_embedder(t) + self.y_embedder(y))
-        branch = gate = None
+        pending = None
         for block in self.blocks:
-            tokens, branch, gate = block(tokens, branch, gate, c_silu)
-        return self._unpatchify(self.final_layer(tokens, branch, gate, c_silu))
+            tokens, pending = block(tokens, pending, c_silu)
+        return self._unpatchify(self.final_layer(tokens, pending, c_silu))
 
     def _unpatchify(self, tokens: Tensor) -> Tensor:
         """Patches [B, N, p·p·C], channels fastest, to images [B, C, H, W]; here the unused sigma half is dropped."""

@@ -26,6 +26,7 @@ from sitfast.errors import SitfastError
 from sitfast.evaluate import validation_loss
 from sitfast.images import save_grid
 from sitfast.interpolant import Interpolant
+from sitfast.kernels.attention import describe as describe_attention
 from sitfast.loss import interpolant_loss
 from sitfast.model import build_model, count_parameters, drop_labels, forward_macs, load_state, preset_kwargs
 from sitfast.optim import Update, learning_rate
@@ -351,10 +352,18 @@ class Trainer:
             ("vae", cfg.vae.id or "none: pixels"),
             ("precision", precision.get(cfg.train.precision, cfg.train.precision)),
             ("compiled", "each block, torch.compile" if compiled else "nothing"),
-            ("kernels", "PyTorch references"),
+            ("kernels", self._kernels()),
             ("output", str(self.run_dir)),
             ("start", f"resumed after step {self.step}" if resumed else "from the beginning"),
         ]  # fmt: skip
+
+    def _kernels(self) -> str:
+        """What the operations of a block run, and why."""
+        if self.device.type == "cpu":
+            return "PyTorch: there are none of our own for the CPU"
+        width = self.model.config["hidden_size"] // self.model.config["num_heads"]
+        dtype = AUTOCAST[self.cfg.train.precision] or torch.float32
+        return f"Triton; attention: {describe_attention(self.model.grid**2, width, dtype, self.device)}"
 
 
 def _check_patches(cfg: Config, downsample: int) -> None:

@@ -59,8 +59,8 @@ def test_disk_errors_name_the_path(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     monkeypatch.delenv("RANK", raising=False)
     assert ended(monkeypatch, OSError(28, "No space left on device", "/runs/a/model.safetensors")) == 2
     assert capsys.readouterr().err == "error: /runs/a/model.safetensors: the disk is full; free some space\n"
-    assert ended(monkeypatch, PermissionError(13, "Permission denied", "/root/runs")) == 2
-    assert capsys.readouterr().err.startswith("error: /root/runs: permission denied; ")
+    assert ended(monkeypatch, PermissionError(13, "Permission denied", "/data/runs")) == 2
+    assert capsys.readouterr().err.startswith("error: /data/runs: permission denied; ")
     assert ended(monkeypatch, OSError(28, "No space left on device")) == 2
     assert capsys.readouterr().err.count("\n") == 1
 

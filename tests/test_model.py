@@ -1,4 +1,5 @@
 import math
+from importlib import import_module
 
 import pytest
 import torch
@@ -261,42 +262,77 @@ def test_unused_sigma_rows_get_no_gradient():
         assert silent == (dead if kind is SiT else [])
 
 
+def added(x: Tensor, pending: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    y, gate, bias = pending
+    return x + gate[:, None] * (y + bias)
+
+
 def test_blocks_hand_their_last_branch_on():
     block = randomized().blocks[0]
     x, c_silu = torch.randn(2, 16, 48), torch.randn(2, 48)
-    x1, branch, gate = block(x, None, None, c_silu)
-    assert branch.shape == x1.shape == x.shape and gate.shape == (2, 48)
-    pending = block(x1, branch, gate, c_silu)
-    added = block(x1 + gate[:, None] * branch, None, None, c_silu)
-    for left, right in zip(pending, added, strict=True):
-        assert torch.allclose(left, right, atol=1e-5)
+    x1, pending = block(x, None, c_silu)
+    assert [value.shape for value in (x1, *pending)] == [x.shape, x.shape, (2, 48), (48,)]
+    assert pending[2].data_ptr() != block.mlp.fc2.bias.data_ptr()
+    later, sooner = block(x1, pending, c_silu), block(added(x1, pending), None, c_silu)
+    assert torch.allclose(later[0], sooner[0], atol=1e-5)
+    assert torch.allclose(added(*later), added(*sooner), atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_block_compiles_as_one_graph(backend):
     block = randomized().blocks[0]
     compiled = torch.compile(block, fullgraph=True, backend=backend)
-    x, c_silu = torch.randn(2, 16, 48), torch.randn(2, 48)
-    branch = gate = None
+    x, c_silu, pending = torch.randn(2, 16, 48), torch.randn(2, 48), None
     for _ in range(2):  # without, then with a pending branch
-        expected, got = block(x, branch, gate, c_silu), compiled(x, branch, gate, c_silu)
-        for left, right in zip(expected, got, strict=True):
+        expected, got = block(x, pending, c_silu), compiled(x, pending, c_silu)
+        for left, right in zip((expected[0], *expected[1]), (got[0], *got[1]), strict=True):
             assert torch.allclose(left, right, atol=1e-6)
-        x, branch, gate = got
-    (x + gate[:, None] * branch).sum().backward()
+        x, pending = got
+    added(x, pending).sum().backward()
     assert all(parameter.grad is not None for parameter in block.parameters())
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "fp16 autocast", "fp16 weights"])
+def test_kernels_and_references_agree_in_the_model(precision, compiled, monkeypatch):
+    """The Triton kernels, interpreted where there is no GPU, behind the same model: output and every gradient."""
+    model = randomized()
+    x, t, y = inputs()
+    if precision == "fp16 weights":
+        model, x = model.half(), x.half()
+
+    def run() -> list[Tensor]:
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        with torch.autocast("cpu", torch.float16, enabled=precision == "fp16 autocast"):
+            out = model(x, t, y)
+        return [out.detach(), *torch.autograd.grad(out.float().square().mean() * 64, parameters)]
+
+    expected = run()
+    for name in ("layernorm_modulate", "gated_residual", "mlp"):
+        module = import_module(f"sitfast.kernels.{name}")
+        kernel = module.fused if name == "mlp" else module.kernel
+        monkeypatch.setattr(module, "choose", lambda *_, kernel=kernel, **__: kernel)
+    if compiled:
+        torch.compiler.reset()
+        for block in model.blocks:
+            block.compile(backend="aot_eager", fullgraph=True)
+    # 64 roundings of the largest value of each, of fp16 or of fp32 with its longer sums
+    rounding = 64 * (2.0**-11 if precision != "fp32" else 2.0**-20)
+    for got, wanted in zip(run(), expected, strict=True):
+        assert got.dtype == wanted.dtype
+        assert (got - wanted).abs().max() <= rounding * wanted.abs().max().clamp_min(1e-3)
 
 
 def test_autocast_keeps_an_fp32_residual_stream():
     model = randomized()
     seen = []
     for block in model.blocks:
-        block.register_forward_hook(lambda _module, _args, output: seen.append(tuple(value.dtype for value in output)))
+        block.register_forward_hook(lambda _module, _args, out: seen.append([v.dtype for v in (out[0], *out[1])]))
     exact = model(*inputs())
     seen.clear()
     with torch.autocast("cpu", torch.bfloat16):
         out = model(*inputs())
-    assert seen == [(torch.float32, torch.bfloat16, torch.bfloat16)] * 2
+    assert seen == [[torch.float32, torch.bfloat16, torch.bfloat16, torch.float32]] * 2
     assert out.dtype == torch.bfloat16
     # a dozen roundings to bf16 (2^-8 each) between input and output, adding up like a random walk
     assert (out - exact).abs().max() < 4 * 2.0**-8 * exact.abs().max()

@@ -18,6 +18,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MAX_WIDTH = 8192  # of a row that a GPU kernel keeps in registers
 
 # One flag for the process, not one a thread: autograd recomputes checkpointed blocks in threads of its own, which must
 # choose as the forward pass did, and torch.compile guards on a module global but not on a ContextVar or a thread-local.
@@ -72,3 +73,16 @@ def check_rank(kernel: str, name: str, tensor: Tensor, rank: int, layout: str) -
     """Raise a ValueError unless the operand has `rank` dimensions, described by `layout`."""
     if tensor.ndim != rank:
         raise ValueError(f"{kernel}: {name} has shape {tuple(tensor.shape)}, expected {layout}")
+
+
+def check_cuda(kernel: str, **operands: Tensor | None) -> None:
+    """Raise a ValueError for what the CUDA kernels do not take and the references do."""
+    for name, tensor in operands.items():
+        if tensor is None:
+            continue
+        if tensor.numel() == 0:
+            raise ValueError(f"{kernel}: {name} has shape {tuple(tensor.shape)}, the GPU kernel takes no empty tensor")
+        if tensor.dtype == torch.float64:
+            raise ValueError(f"{kernel}: {name} is torch.float64 on a GPU; cast it, or call inside use_reference()")
+        if tensor.shape[-1] > MAX_WIDTH:
+            raise ValueError(f"{kernel}: {name} has rows of {tensor.shape[-1]}, the GPU kernel takes up to {MAX_WIDTH}")

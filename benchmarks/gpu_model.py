@@ -1,0 +1,378 @@
+"""Forward and backward of a whole SiT-XL/2, blocks compiled, with the kernels and without: python -m benchmarks.gpu_model
+
+    reference   plain PyTorch in each block, torch.compile
+    tuned       the same, with Inductor's coordinate-descent tuning
+    kernels     this package's kernels, torch.compile(fullgraph=True) around them
+
+in two precisions: bf16 weights, and fp32 weights under bf16 autocast. For each: the loss and the gradients of two
+batches against fp32, median time, peak memory; for the kernels also where the time goes. Without a GPU the model is
+tiny and the figures mean nothing. Takes two and a half minutes; what would not fit is left out, and said.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.harness import DEVICE, GPU, Timer
+from sitfast.kernels import use_reference
+from sitfast.model import SiT, build_model
+
+BATCH, MICRO_BATCH, WARM_UP, REPEATS = (128, 16, 3, 20) if GPU else (2, 1, 1, 2)
+BUDGET_S, CASE_S = 145, 75
+BACKEND = "inductor" if GPU else "aot_eager"
+STARTED = time.time()
+
+Batch = tuple[Tensor, Tensor, Tensor, Tensor]  # x_t, t, y, target
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    kernels: bool
+    autocast: bool
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        return f"{self.name}, {'bf16 autocast, fp32 weights' if self.autocast else 'bf16 weights'}"
+
+
+TUNED = {"coordinate_descent_tuning": True} if GPU else {}
+CASES = [
+    Case("kernels", True, False),
+    Case("kernels", True, True),
+    Case("reference", False, False),
+    Case("reference", False, True),
+    Case("tuned", False, False, TUNED),
+    Case("tuned", False, True, TUNED),
+]
+
+
+def elapsed() -> float:
+    return time.time() - STARTED
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+@contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"took more than {seconds:.0f} s")
+
+    signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+# ---- the model and its data ------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def make_model(dtype: torch.dtype) -> SiT:
+    """Random weights that bf16 represents, the same in every case; none is zero, so that every path counts."""
+    sizes = {} if GPU else {"hidden_size": 48, "depth": 2, "num_heads": 4, "input_size": 8}
+    with torch.device(DEVICE):
+        model = build_model("SiT-XL/2", **sizes)
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if name != "pos_embed":
+            parameter.normal_(0, 1.0 if "embedding_table" in name else 0.02, generator=generator)
+        parameter.copy_(parameter.bfloat16())
+    return model.to(dtype)
+
+
+def make_batch(seed: int) -> Batch:
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    size = 32 if GPU else 8
+    x, target = (torch.randn(BATCH, 4, size, size, generator=generator, device=DEVICE).bfloat16() for _ in range(2))
+    t = torch.rand(BATCH, generator=generator, device=DEVICE)
+    y = torch.randint(0, 1000, (BATCH,), generator=generator, device=DEVICE)
+    return x, t, y, target.float()
+
+
+def loss_of(model: SiT, batch: Batch, dtype: torch.dtype) -> Tensor:
+    x, t, y, target = batch
+    return F.mse_loss(model(x.to(dtype), t, y).float(), target)
+
+
+def gradients(model: SiT) -> dict[str, Tensor]:
+    return {name: p.grad.float() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def exact_results(batches: list[Batch]) -> list[tuple[float, dict[str, Tensor]]]:
+    """Loss and gradients in fp32, without kernels or compiler, a few samples at a time."""
+    model, results = make_model(torch.float32), []
+    with use_reference():
+        for batch in batches:
+            model.zero_grad(set_to_none=True)
+            total = 0.0
+            for micro in zip(*(value.split(MICRO_BATCH) for value in batch), strict=True):
+                loss = loss_of(model, micro, torch.float32) * MICRO_BATCH / BATCH
+                loss.backward()
+                total += loss.item()
+            results.append((total, gradients(model)))
+    return results
+
+
+# ---- one case --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Result:
+    ms: float
+    host_ms: float
+    gib: float
+    compile_s: float
+    errors: list[str]
+    profile: list[str]
+
+
+def compare(loss: float, grads: dict[str, Tensor], exact: tuple[float, dict[str, Tensor]]) -> str:
+    wide_loss, wide = exact
+    assert grads.keys() == wide.keys()
+    norm = sum(g.square().sum().item() for g in grads.values()) ** 0.5
+    wide_norm = sum(g.square().sum().item() for g in wide.values()) ** 0.5
+    off = {name: (grads[name] - g).norm().item() for name, g in wide.items()}
+    relative = {name: off[name] / max(wide[name].norm().item(), 1e-30) for name in off}
+    worst = max(relative, key=lambda name: relative[name] if relative[name] == relative[name] else float("inf"))
+    return (
+        f"loss {loss:.6f} ({loss - wide_loss:+.1e}) norm {norm:.5f} ({norm / wide_norm - 1:+.1e}) "
+        f"gradient off {sum(v * v for v in off.values()) ** 0.5 / wide_norm:.2e}, worst {relative[worst]:.1e} {worst}"
+    )
+
+
+def run_case(case: Case, batches: list[Batch], exact: list[tuple[float, dict[str, Tensor]]]) -> Result:
+    torch._dynamo.reset()
+    held = torch.cuda.memory_allocated() if GPU else 0
+    dtype = torch.float32 if case.autocast else torch.bfloat16
+    model = make_model(dtype)
+    for module in (*model.blocks, model.final_layer):
+        module.compile(fullgraph=True, dynamic=False, backend=BACKEND, options=case.options or None)
+
+    def step(batch: Batch) -> Tensor:
+        model.zero_grad(set_to_none=True)
+        with nullcontext() if case.kernels else use_reference():
+            with torch.autocast(DEVICE.type, torch.bfloat16, enabled=case.autocast):
+                loss = loss_of(model, batch, dtype)
+            loss.backward()
+        return loss.detach()
+
+    start = time.time()
+    step(batches[0])
+    synchronize()
+    compile_s = time.time() - start
+    errors = []
+    for batch, truth in zip(batches, exact, strict=False):
+        loss = step(batch).item()
+        errors.append(compare(loss, gradients(model), truth))
+    for _ in range(WARM_UP):
+        step(batches[0])
+    synchronize()
+    if GPU:
+        torch.cuda.reset_peak_memory_stats()
+    ms, host_ms = timed(lambda: step(batches[1]))
+    gib = (torch.cuda.max_memory_allocated() - held) / 2**30 if GPU else 0.0
+    where = where_time_goes(lambda: step(batches[0])) if case.kernels else []
+    return Result(ms, host_ms, gib, compile_s, errors, where)
+
+
+def synchronize() -> None:
+    if GPU:
+        torch.cuda.synchronize()
+
+
+def timed(call) -> tuple[float, float]:
+    """Medians of a call's time on the device and of the time the host took to launch it, in ms."""
+    device, host = [], []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        if GPU:
+            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            first.record()
+            call()
+            last.record()
+            host.append(1e3 * (time.perf_counter() - start))
+            last.synchronize()
+            device.append(first.elapsed_time(last))
+        else:
+            call()
+            host.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(device or host), statistics.median(host)
+
+
+# ---- where the time goes ---------------------------------------------------------------------------------------------
+
+ATTENTION = re.compile(r"fmha|flash|sdpa|attention", re.I)
+GEMM = re.compile(r"gemm|nvjet|cutlass|xmma|cublas|splitk", re.I)
+OURS = re.compile(r"^(layernorm_|sum_chunks_|sum_samples_)|gelu", re.I)
+
+
+def kind_of(operator: str, kernel: str) -> str:
+    if ATTENTION.search(operator) or ATTENTION.search(kernel):
+        return "attention"
+    if GEMM.search(kernel):
+        return "GEMM"
+    if operator.startswith("sitfast::") or OURS.search(kernel):
+        return "ours"
+    return "copies, elementwise, sums"
+
+
+def where_time_goes(call, steps: int = 2, rows: int = 20) -> list[str]:
+    """Kernels by kind, in ms a step: totals, the gaps between kernels, then the longest."""
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if GPU else [])
+    with profile(activities=activities) as trace:
+        for _ in range(steps):
+            call()
+        synchronize()
+    totals, counts, spans = defaultdict(float), defaultdict(int), []
+    launched: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))  # kernel → operator → µs
+    for event in trace.events():
+        if event.device_type == DeviceType.CUDA:
+            if getattr(event, "is_user_annotation", False):
+                continue
+            totals[event.name] += event.time_range.end - event.time_range.start
+            counts[event.name] += 1
+            spans.append((event.time_range.start, event.time_range.end))
+        elif event.name.startswith("sitfast::"):
+            for kernel in event.kernels:
+                launched[kernel.name][event.name] += kernel.duration
+    parts = []  # kind, kernel, µs, share of its launches
+    for kernel, total in totals.items():
+        known = dict(launched[kernel])
+        known[""] = max(total - sum(known.values()), 0.0)
+        parts += [(kind_of(op, kernel), kernel, us, us / total) for op, us in known.items() if us > 1e-3 * total]
+    kinds = defaultdict(float)
+    for kind, _, us, _ in parts:
+        kinds[kind] += us / steps / 1e3
+    busy, end = 0.0, 0.0
+    for first, last in sorted(spans):
+        busy += max(0.0, last - max(first, end))
+        end = max(end, last)
+    whole = (max(s[1] for s in spans) - min(s[0] for s in spans)) if spans else 0.0
+    kinds["gaps"] = (whole - busy) / steps / 1e3
+    lines = ["  ".join(f"{kind} {ms:.1f}" for kind, ms in sorted(kinds.items(), key=lambda item: -item[1]))]
+    for kind, kernel, us, share in sorted(parts, key=lambda part: -part[2])[:rows]:
+        count = counts[kernel] * share / steps
+        lines.append(
+            f"  {us / steps / 1e3:7.2f} ms {count:5.0f} x {us / steps / count:7.1f} us  {kind:<10.10} {kernel[:62]}"
+        )
+    return lines
+
+
+# ---- how a sample is cut into chunks ---------------------------------------------------------------------------------
+
+
+def chunk_sweep(timer: Timer) -> list[str]:
+    """Backward of the layer norm kernels by the number of chunks a sample, to compare with what the rule chooses."""
+    from sitfast.kernels import _layernorm_triton as kernels
+
+    def draw(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.randn(shape, device=DEVICE).to(dtype)
+
+    lines, chosen = [], kernels.backward_launch
+    for width in (1152, 1024, 768):
+        for name, stream, residual in (
+            ("bf16", torch.bfloat16, True),
+            ("fp32 stream", torch.float32, True),
+            ("alone", torch.bfloat16, False),
+        ):
+            shape, sets = (128, 256, width), []
+            for _ in range(3):
+                gate, scale, bias = draw(128, width), draw(128, width), draw(width)
+                x, dx_new = draw(*shape, dtype=stream), draw(*shape, dtype=stream)
+                mean, rstd = torch.zeros(128, 256, device=DEVICE), torch.ones(128, 256, device=DEVICE)
+                extra = {"y": draw(*shape), "gate": gate, "bias": bias} if residual else {}
+                sets.append(((draw(*shape), dx_new if residual else None, x, scale, mean, rstd), extra))
+            own = chosen(128, 256, width, residual, DEVICE)
+            times = []
+            for chunks in (2, 3, 4, 5, 6, 8):
+                launch = kernels.Launch(-(-256 // chunks), own.warps)
+                kernels.backward_launch = lambda *_, launch=launch: launch
+
+                def prepare(index: int, sets=sets):
+                    operands, extra = sets[index % 3]
+                    return lambda: kernels.backward(*operands, **extra)
+
+                times.append(f"{chunks}: {1e6 * statistics.median(timer.samples_s(prepare, 15)):.0f}")
+            lines.append(f"  D={width} {name}: {', '.join(times)} us, chosen {-(-256 // own.rows)}")
+            kernels.backward_launch = chosen
+    return lines
+
+
+def backends_used() -> str:
+    """What attention runs, and why."""
+    from sitfast.kernels.attention import describe
+
+    return f"attention: {describe(256, 72, torch.bfloat16, torch.device(DEVICE))}"
+
+
+def main() -> None:
+    name = torch.cuda.get_device_name() if GPU else "CPU, tiny model: these figures mean nothing"
+    say(f"{name}, torch {torch.__version__}, SiT-XL/2, B = {BATCH}")
+    batches, results = [make_batch(1), make_batch(2)], {}
+    exact: list[tuple[float, dict[str, Tensor]]] = []
+    try:
+        exact = exact_results(batches)
+        say(f"fp32: {[round(loss, 6) for loss, _ in exact]}, {elapsed():.0f} s")
+    except Exception as error:
+        say(f"fp32: FAILED {type(error).__name__}: {str(error)[:300]}")
+    for case in CASES:
+        if elapsed() > BUDGET_S - (45 if case.options else 25):
+            say(f"{case.title}: left out, {elapsed():.0f} s have passed")
+            continue
+        failure = None
+        try:
+            with at_most(min(CASE_S, BUDGET_S + 15 - elapsed())):
+                results[case.title] = run_case(case, batches, exact)
+        except Exception as error:
+            failure = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+        say(f"{case.title}: {'FAILED ' + failure if failure else 'done'}, {elapsed():.0f} s")
+        if GPU:
+            torch.cuda.empty_cache()
+    try:
+        sweep = chunk_sweep(Timer()) if GPU and elapsed() < BUDGET_S - 5 else []
+    except Exception as error:
+        sweep = [f"  FAILED {type(error).__name__}: {str(error)[:200]}"]
+
+    backends = backends_used() if GPU else ""
+    say(f"\n==== {name}, torch {torch.__version__}, SiT-XL/2 forward + backward, B = {BATCH}, median of {REPEATS}")
+    for title, result in results.items():
+        say(
+            f"{title:<45} {result.ms:7.1f} ms  {1e3 * BATCH / result.ms:5.0f} img/s  host {result.host_ms:6.1f} ms  "
+            f"{result.gib:5.1f} GiB  first call {result.compile_s:.0f} s"
+        )
+    say(backends)
+    for title, result in results.items():
+        for line in result.errors:
+            say(f"{title.split(',')[0] + (' autocast' if 'autocast' in title else ' bf16'):<19} {line}")
+    for title, result in results.items():
+        lines = result.profile[: 21 if "autocast" not in title else 12]
+        if lines:
+            say(f"{title}, ms a step: {lines[0]}")
+            say("\n".join(lines[1:]))
+    if sweep:
+        say("layer norm backward by chunks a sample:\n" + "\n".join(sweep))
+    say(f"{elapsed():.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+"""How a kernel is timed here, and when it is not.
+
+    check   output and every gradient against the reference in wider arithmetic, in memory that held NaN, and the same
+            bits twice: max|out − exact| ≤ 2 max|eager − exact| + atol. A kernel that fails is not timed.
+    time    CUDA events around one call; before each the L2 is overwritten and the device kept busy until the launches
+            are queued. Inputs rotate among several random sets. The median counts.
+
+Without a GPU the shapes are tiny and the clock is the host's: such figures say nothing about speed.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from sitfast.kernels import use_reference
+
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda", 0) if GPU else torch.device("cpu")
+DTYPE = torch.bfloat16 if GPU else torch.float32
+WIDTHS, TOKENS = (1152, 768, 1024, 384), (256, 1024)  # SiT-XL, B, L, S
+ROWS = 32768 if GPU else 0  # tokens of a batch, for every N; the CPU takes one sample of CPU_TOKENS
+CPU_TOKENS = {256: 8, 1024: 16}
+REPEATS, NUM_SETS, FLUSH_BYTES, BUSY_CYCLES = (30, 4, 256 << 20, 400_000) if GPU else (5, 2, 0, 0)
+
+Direction = Literal["forward", "backward"]
+Function = Callable[..., "Tensor | tuple[Tensor, ...]"]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a kernel must do at the least: the larger of the two times is its floor."""
+
+    bytes: int
+    flops: int
+
+
+@dataclass
+class Case:
+    """One kernel at one shape. `draw` makes one set of inputs, all of which learn."""
+
+    kernel: str
+    width: int
+    tokens: int
+    function: Function
+    draw: Callable[[], tuple[Tensor, ...]]
+    forward: Work
+    backward: Work
+    bound: Literal["bytes", "flops"]
+    liger: Function | None = None
+
+
+def batch(tokens: int) -> tuple[int, int]:
+    """(samples, tokens a sample)"""
+    return (ROWS // tokens, tokens) if GPU else (1, CPU_TOKENS[tokens])
+
+
+def draw(*shape: int, scale: float = 1.0) -> Tensor:
+    return (torch.randn(shape, device=DEVICE) * scale).to(DTYPE)
+
+
+def plain(function: Function) -> Function:
+    """The kernel's PyTorch reference."""
+
+    def run(*inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+        with use_reference():
+            return function(*inputs)
+
+    return run
+
+
+def tensors(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (result,) if isinstance(result, Tensor) else tuple(result)
+
+
+def gradients(function: Function, inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
+    """Outputs, then the gradients of all inputs for the loss Σ weight · output."""
+    leaves = [value.detach().requires_grad_() for value in inputs]
+    outputs = tensors(function(*leaves))
+    grads = torch.autograd.grad(outputs, leaves, [w.to(o.dtype) for w, o in zip(weights, outputs, strict=True)])
+    return [*(output.detach() for output in outputs), *grads]
+
+
+def failure(function: Function, case: Case) -> str | None:
+    """Why the function may not be timed; None if nothing speaks against it."""
+    inputs = case.draw()
+    wide = [value.double() if value.dtype == torch.float32 else value.float() for value in inputs]
+    reference = plain(case.function)
+    with torch.no_grad():
+        weights = [torch.randn_like(output) for output in tensors(reference(*inputs))]
+    exact, eager = gradients(reference, wide, weights), gradients(reference, inputs, weights)
+    del wide
+    try:
+        torch.use_deterministic_algorithms(True, warn_only=True)  # fills new memory with NaN
+        got = gradients(function, inputs, weights)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    again = gradients(function, inputs, weights)
+    for position, (ours, theirs, truth, repeat) in enumerate(zip(got, eager, exact, again, strict=True)):
+        error, allowed = (ours - truth).abs().max().item(), 2 * (theirs - truth).abs().max().item()
+        allowed += 1e-6 * truth.abs().max().item()
+        if not error <= allowed:
+            return f"result {position} is off by {error:.3g}, allowed {allowed:.3g}"
+        if not torch.equal(ours, repeat):
+            return f"result {position} differs from run to run"
+    return None
+
+
+class DeviceClock:
+    """Hands measured durations to pytest-benchmark: each call of `tick` lets the next one pass."""
+
+    def __init__(self) -> None:
+        self.now_s, self.pending_s = 0.0, []
+
+    def __call__(self) -> float:
+        return self.now_s
+
+    def tick(self) -> None:
+        self.now_s += self.pending_s.pop(0)
+
+
+CLOCK = DeviceClock()
+
+
+class Timer:
+    """Times prepared calls; holds the buffer that overwrites the L2."""
+
+    def __init__(self) -> None:
+        self.flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=DEVICE)
+
+    def samples_s(self, prepare: Callable[[int], Callable[[], object]], repeats: int = REPEATS) -> list[float]:
+        """Seconds of each of `repeats` calls; `prepare(i)`, not timed, returns the call on input set i."""
+        for index in range(3 if GPU else 1):
+            prepare(index % NUM_SETS)()
+        return (self._on_device if GPU else self._on_host)(prepare, repeats)
+
+    def _on_device(self, prepare: Callable[[int], Callable[[], object]], repeats: int) -> list[float]:
+        events = []
+        for index in range(repeats):
+            run = prepare(index % NUM_SETS)
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            self.flush.zero_()
+            torch.cuda._sleep(BUSY_CYCLES)
+            start.record()
+            run()
+            end.record()
+            events.append((start, end))
+        torch.cuda.synchronize()
+        return [start.elapsed_time(end) / 1e3 for start, end in events]
+
+    @staticmethod
+    def _on_host(prepare: Callable[[int], Callable[[], object]], repeats: int) -> list[float]:
+        samples = []
+        for index in range(repeats):
+            run = prepare(index % NUM_SETS)
+            start = time.perf_counter()
+            run()
+            samples.append(time.perf_counter() - start)
+        return samples
+
+    def copy_rate(self) -> float:
+        """Bytes a second of a large copy, those read and those written."""
+        source = torch.randn((512 << 20) // 4 if GPU else 1 << 20, device=DEVICE)
+        target = torch.empty_like(source)
+        return 2 * source.nbytes / statistics.median(self.samples_s(lambda _: lambda: target.copy_(source)))
+
+    def gemm_rate(self) -> float:
+        """Operations a second of a large GEMM."""
+        size = 8192 if GPU else 256
+        left, right = draw(size, size), draw(size, size)
+        return 2 * size**3 / statistics.median(self.samples_s(lambda _: lambda: left @ right))
+
+
+def measure(function: Function, case: Case, direction: Direction, timer: Timer) -> list[float]:
+    """Seconds of each timed call. Forward keeps what backward needs; backward starts from a fresh graph each time."""
+    sets = [[value.requires_grad_() for value in case.draw()] for _ in range(NUM_SETS)]
+    weights = [torch.randn_like(output) for output in tensors(function(*sets[0]))]
+
+    def prepare(index: int) -> Callable[[], object]:
+        leaves = sets[index]
+        if direction == "forward":
+            return lambda: function(*leaves)
+        outputs = tensors(function(*leaves))
+        return lambda: torch.autograd.grad(outputs, leaves, weights)
+
+    return timer.samples_s(prepare)
+
+
+def compiled(function: Function) -> Function:
+    """torch.compile at its best: fixed shapes, coordinate-descent tuning of its kernels."""
+    torch._dynamo.reset()
+    options: dict[str, Any] = {"coordinate_descent_tuning": True} if GPU else {}
+    return torch.compile(plain(function), fullgraph=True, dynamic=False, options=options)
+
+
+def figures(case: Case, direction: Direction, seconds: float, ceilings: dict[str, float]) -> dict[str, float | str]:
+    """Rate and share of the ceiling that bounds the kernel."""
+    work = case.forward if direction == "forward" else case.backward
+    done = work.bytes if case.bound == "bytes" else work.flops
+    rate = done / seconds
+    return {
+        "rate": rate / (1e9 if case.bound == "bytes" else 1e12),
+        "unit": "GB/s" if case.bound == "bytes" else "TFLOP/s",
+        "percent_of_ceiling": 100 * rate / ceilings[case.bound],
+    }

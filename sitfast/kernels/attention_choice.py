@@ -1,0 +1,177 @@
+"""Which backend of attention runs: the fastest forward and the fastest backward that are right on this GPU.
+
+The choice is made once a process for each device, dtype, N and d, on the first call. Every backend that is installed
+runs a problem of `TIMED_ROWS` tokens × heads and must
+
+    be right    out, lse and dqkv of a few heads against fp64, no further off than twice the plain formula is
+    repeat      give the same bits twice; one that does not (cuDNN and FlashAttention add dq up in the order in which
+                programs finish) runs only where none that repeats is left
+    be fast     times include what a backend costs around its kernel, as packing dq, dk and dv
+
+All of it happens inside a registered operator, so a compiled graph only ever sees that operator.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from sitfast.kernels.attention_backends import BACKENDS, Backend, heads_first, pack
+
+TIMED_ROWS = 2**18  # 1024 heads of 256 tokens, 750 MiB in all: seven waves or more on every GPU
+TIMED_HEADS = 16
+QUEUE_CYCLES = 2_000_000  # about a millisecond, in which the host queues the launches that are timed
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backends chosen, the times of all in ms (forward, backward), and why one is out or only a last resort."""
+
+    forward: str
+    backward: str
+    times_ms: dict[str, tuple[float, float]] = field(default_factory=dict)
+    varying: tuple[str, ...] = ()
+    rejected: dict[str, str] = field(default_factory=dict)
+
+
+def plain(qkv: Tensor, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(out, lse, dqkv) by the formula, in the dtype of qkv, the weights rounded to it."""
+    (q, k, v), grad = heads_first(qkv), dout.transpose(1, 2)
+    scale = qkv.shape[-1] ** -0.5
+    scores = (q @ k.mT * scale).to(torch.promote_types(qkv.dtype, torch.float32))
+    weights = scores.softmax(-1).to(qkv.dtype)
+    out = weights @ v
+    d_scores = weights * (grad @ v.mT - (grad * out).sum(-1, keepdim=True))
+    grads = d_scores @ k * scale, d_scores.mT @ q * scale, weights.mT @ grad
+    return out.transpose(1, 2), scores.logsumexp(-1), pack(grads)
+
+
+def fault(result: tuple[Tensor, Tensor, Tensor], qkv: Tensor, dout: Tensor) -> str | None:
+    """Why (out, lse, dqkv) of a backend is wrong, or None, judged by the outer heads of the outer samples.
+
+    On random input its error against fp64 may be twice that of the plain formula in the same dtype. The log-sum-exp is
+    a sum of exact products in fp32, good to 1e-3 with any order of summation.
+    """
+    out, lse, dqkv = result
+    batch, tokens, _, heads, _ = qkv.shape
+    if (out.shape, out.dtype) != (dout.shape, qkv.dtype) or (lse.shape, lse.dtype) != (
+        (batch, heads, tokens), torch.float32,
+    ):  # fmt: skip
+        return f"out {tuple(out.shape)} {out.dtype} and lse {tuple(lse.shape)} {lse.dtype} are not what is expected"
+
+    def corners(x: Tensor, dim: int) -> Tensor:
+        return x[:: max(1, batch - 1)].index_select(dim, torch.tensor([0, heads - 1], device=x.device))
+
+    few_qkv, few_dout = corners(qkv, 3), corners(dout, 2)
+    exact_out, exact_lse, exact_dqkv = plain(few_qkv.double(), few_dout.double())
+    eager_out, _, eager_dqkv = plain(few_qkv, few_dout)
+    few_dqkv = corners(dqkv, 3)
+    triples = [("out", corners(out, 2), eager_out, exact_out)]
+    triples += [(f"d{name}", *(x[:, :, i] for x in (few_dqkv, eager_dqkv, exact_dqkv))) for i, name in enumerate("qkv")]
+    for name, got, eager, exact in triples:
+        error = (got - exact).abs().max().item()
+        bound = 2 * (eager - exact).abs().max().item() + torch.finfo(qkv.dtype).eps * 1e-2
+        if not error <= bound:
+            return f"{name} is wrong by {error:.2g}, more than {bound:.2g}"
+    error = (corners(lse, 1) - exact_lse).abs().max().item()
+    if not error <= 1e-3:
+        return f"lse is wrong by {error:.2g}"
+    return None if out.isfinite().all() and dqkv.isfinite().all() else "some results are not finite"
+
+
+def time_ms(function: Callable[[], object], calls: int = 5, repeats: int = 3) -> float:
+    """CUDA-event time of a call, the median of `repeats` runs of `calls`, queued while the device is kept busy."""
+    function()
+    times = []
+    for _ in range(repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(QUEUE_CYCLES)
+        start.record()
+        for _ in range(calls):
+            function()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / calls)
+    return statistics.median(times)
+
+
+@cache
+def missing(name: str, tokens: int, width: int, dtype: torch.dtype) -> str | None:
+    return BACKENDS[name].missing(tokens, width, dtype)
+
+
+def _run(backend: Backend, qkv: Tensor, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    torch.full_like(qkv, float("nan"))  # the allocator hands this memory to dqkv: what is not written shows
+    out, lse = backend.forward(qkv)
+    return out, lse, backend.backward(dout, qkv, out, lse)
+
+
+def measure(device: torch.device, dtype: torch.dtype, tokens: int, width: int) -> Choice:
+    """Check and time every backend on this device and choose."""
+    times: dict[str, tuple[float, float]] = {}
+    rejected: dict[str, str] = {}
+    varying = []
+    batch = max(1, TIMED_ROWS // (tokens * TIMED_HEADS))
+    generator = torch.Generator(device).manual_seed(1)
+    qkv = torch.randn(batch, tokens, 3, TIMED_HEADS, width, generator=generator, device=device, dtype=dtype)
+    dout = torch.randn(batch, tokens, TIMED_HEADS, width, generator=generator, device=device, dtype=dtype)
+    for name, backend in BACKENDS.items():
+        try:
+            reason = missing(name, tokens, width, dtype)
+            if reason is None:
+                out, lse, dqkv = result = _run(backend, qkv, dout)
+                reason = fault(result, qkv, dout)
+            if reason is None:
+                if not all(torch.equal(x, y) for x, y in zip((out, dqkv), _run(backend, qkv, dout)[::2], strict=True)):
+                    varying.append(name)
+                forward = time_ms(lambda run=backend.forward: run(qkv))
+                backward = time_ms(lambda run=backend.backward, out=out, lse=lse: run(dout, qkv, out, lse))
+                times[name] = forward, backward
+        except Exception as error:  # whatever a third-party kernel raises, it is out of the race and the table says why
+            reason = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+        if reason is not None:
+            rejected[name] = reason
+    if not times:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in rejected.items())
+        raise ValueError(f"attention: no backend works for N={tokens}, d={width}, {dtype} on {device}: {reasons}")
+    forward, backward = (min(times, key=lambda name: (name in varying, times[name][i])) for i in (0, 1))
+    return Choice(forward, backward, times, tuple(varying), rejected)
+
+
+_choices: dict[tuple[torch.device, torch.dtype, int, int], Choice] = {}
+
+
+def select(tokens: int, width: int, dtype: torch.dtype, device: torch.device, backend: str = "auto") -> Choice:
+    """The backends to run; measured on the first call for this (device, dtype, N, d), unless one is named."""
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    if backend != "auto":
+        if reason := missing(backend, tokens, width, dtype):
+            raise ValueError(f"attention: backend {backend!r} cannot run: {reason}; use 'auto' or 'torch'")
+        return Choice(backend, backend)
+    key = device, dtype, tokens, width
+    if key not in _choices:
+        if torch.cuda.is_current_stream_capturing():
+            raise ValueError(
+                f"attention: N={tokens}, d={width}, {dtype} is first met inside a CUDA graph capture, where backends "
+                "cannot be timed; run it once before"
+            )
+        with torch.autocast(device.type, enabled=False):
+            _choices[key] = measure(device, dtype, tokens, width)
+    return _choices[key]
+
+
+def describe(choice: Choice) -> str:
+    """One line: what runs, the times, what does not repeat, and what is out and why."""
+    text = f"forward {choice.forward}, backward {choice.backward}"
+    times = [
+        f"{name} {forward:.3f} + {backward:.3f} ms{' (varies from run to run)' if name in choice.varying else ''}"
+        for name, (forward, backward) in choice.times_ms.items()
+    ]
+    out = [f"no {name}: {reason}" for name, reason in choice.rejected.items()]
+    return f"{text} ({'; '.join([', '.join(times), *out])})"
