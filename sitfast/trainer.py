@@ -24,7 +24,7 @@ from sitfast.data.loader import Loader, fixed_batches
 from sitfast.data.sampler import held_out
 from sitfast.errors import SitfastError
 from sitfast.evaluate import validation_loss
-from sitfast.images import save_grid
+from sitfast.images import replacing, save_grid
 from sitfast.interpolant import Interpolant
 from sitfast.kernels.attention import describe as describe_attention
 from sitfast.loss import interpolant_loss
@@ -304,17 +304,18 @@ class Trainer:
     def _claim_folder(self) -> None:
         """Make the run folder ours: new, or holding the same run."""
         path = self.run_dir / "config.yaml"
-        if path.exists():
-            changed = config.differences(config.load(path), self.cfg)
-            if changed:
-                raise SitfastError(
-                    f"output_dir={self.run_dir} holds another run ({'; '.join(changed)});"
-                    " choose another output_dir, or remove that folder"
-                )
+        changed = config.differences(config.load(path), self.cfg) if path.exists() else []
+        self.world.barrier()  # all have read before anyone writes
+        if changed:
+            raise SitfastError(
+                f"output_dir={self.run_dir} holds another run ({'; '.join(changed)});"
+                " choose another output_dir, or remove that folder"
+            )
         if self.world.is_main:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             checkpoint.clean(self.run_dir)
-            path.write_text(config.dump(self.cfg), encoding="utf-8")
+            with replacing(path) as temporary:
+                temporary.write_text(config.dump(self.cfg), encoding="utf-8")
         self.world.barrier()
 
     def _resume(self) -> bool:

@@ -38,7 +38,7 @@ Backward = Literal["gluon", "triton", "pointwise"]
 # Up to this width the reference runs on GPUs too, since torch.compile makes it faster than the kernels: one H100, bf16,
 # 32768 rows, H = 4 D, ms of forward and backward beyond the six GEMMs, kernels against compiled reference:
 # D = 384: 0.296 (the fused GEMMs 0.461) against 0.205; 768: 0.352 against 0.408; 1024: 0.457 against 0.503; 1152: 0.466
-# against 0.628. Nothing was measured between 384 and 768.
+# against 0.628. Nothing was measured between 384 and 768, nor in fp32, where the reference therefore runs as well.
 REFERENCE_WIDTH = 384
 
 
@@ -203,5 +203,6 @@ def mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor | None = None,
         check(NAME, "b2", b2, (width,), x.device)
     if save not in ("preact", "both"):
         raise ValueError(f"{NAME}: save={save!r}, expected 'preact' or 'both'")
-    implementation = choose(x.device, reference, cuda=reference if width <= REFERENCE_WIDTH else fused)
+    compiler_wins = width <= REFERENCE_WIDTH or compute_dtype(x) == torch.float32
+    implementation = choose(x.device, reference, cuda=reference if compiler_wins else fused)
     return implementation(x, w1, b1, w2, b2, save)

@@ -319,13 +319,21 @@ def test_gluon_serves_the_versions_it_was_tried_with(monkeypatch):
     assert chosen == {"3.5.1": "triton", "3.6.0": "gluon", "3.7.1+git0": "gluon", "3.70.0": "triton"}
 
 
-@pytest.mark.parametrize("width, expected", [(384, "reference"), (392, "kernels")])
-def test_narrow_layers_run_the_reference(width, expected, monkeypatch):
+@pytest.mark.parametrize(
+    "width, dtype, expected",
+    [
+        (384, torch.bfloat16, "reference"),
+        (392, torch.bfloat16, "kernels"),
+        (392, torch.float16, "kernels"),
+        (392, torch.float32, "reference"),
+    ],
+)
+def test_narrow_layers_and_fp32_run_the_reference(width, dtype, expected, monkeypatch):
     """On GPUs; here the choice by device is replaced by what it would take there."""
     monkeypatch.setattr(implementation, "choose", lambda _device, _reference, *, cuda: cuda)
     monkeypatch.setattr(implementation, "reference", lambda *_: "reference")
     monkeypatch.setattr(implementation, "fused", lambda *_: "kernels")
-    assert mlp(*operands(width, 24, (1,))) == expected
+    assert mlp(*operands(width, 24, (1,), dtype)) == expected
 
 
 # cuBLASLt
