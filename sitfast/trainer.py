@@ -28,7 +28,15 @@ from sitfast.images import replacing, save_grid
 from sitfast.interpolant import Interpolant
 from sitfast.kernels.attention import describe as describe_attention
 from sitfast.loss import interpolant_loss
-from sitfast.model import build_model, count_parameters, drop_labels, forward_macs, load_state, preset_kwargs
+from sitfast.model import (
+    build_model,
+    count_parameters,
+    drop_labels,
+    forward_macs,
+    interpolate_pos_embed,
+    load_state,
+    preset_kwargs,
+)
 from sitfast.optim import Update, learning_rate
 from sitfast.parallel import World
 from sitfast.profiling import Window, annotate
@@ -71,7 +79,10 @@ class Trainer:
         torch.manual_seed(cfg.seed)  # the initial weights; nothing else draws from the global generator
         self.model = build_model(**self.model_kwargs).to(self.device)
         if cfg.model.init_from:
-            load_state(self.model, checkpoint.find_weights(cfg.model.init_from), source=cfg.model.init_from)
+            weights = checkpoint.find_weights(cfg.model.init_from)
+            if "pos_embed" in weights:  # weights of another resolution differ in this alone
+                weights["pos_embed"] = interpolate_pos_embed(weights["pos_embed"], self.model.grid)
+            load_state(self.model, weights, source=cfg.model.init_from)
         self.null = cfg.model.num_classes if cfg.model.class_dropout_prob > 0 else None
         self.macs = forward_macs(self.model)
 

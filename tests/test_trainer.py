@@ -196,6 +196,20 @@ def test_training_starts_from_given_weights(tiny, tmp_path):
         torch.testing.assert_close(value, before[name], rtol=0, atol=1e-9)
 
 
+def test_weights_of_another_resolution_start_a_run(tiny, tmp_path, image_folder):
+    small = [*tiny, *folder_run(image_folder), "train.steps=1"]
+    train(*small)
+    large = [*small, "data.image_size=16", f"model.init_from={tmp_path / 'run'}", "optim.lr=1e-12"]
+    trainer = train(*large, f"output_dir={tmp_path / 'large'}")
+    before, after = checkpoint.find_weights(tmp_path / "run"), trainer.model.state_dict()
+    assert before["pos_embed"].shape == (1, 4, 16) and after["pos_embed"].shape == (1, 16, 16)
+    corners = torch.nn.functional.interpolate(
+        before["pos_embed"].view(1, 2, 2, 16).permute(0, 3, 1, 2), size=4, mode="bicubic", align_corners=False
+    )
+    torch.testing.assert_close(after["pos_embed"].view(1, 4, 4, 16).permute(0, 3, 1, 2), corners)
+    torch.testing.assert_close(after["blocks.0.attn.qkv.weight"], before["blocks.0.attn.qkv.weight"], rtol=0, atol=1e-9)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
