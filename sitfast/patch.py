@@ -262,7 +262,7 @@ def _plan_diffusers(module: Any) -> _Plan:
     if len(net) < 3 or not _has(net[0], "proj", "gelu"):
         raise Unfit("ff.net is not GELU, dropout and Linear")
     _check_mlp("ff", net[0].proj, net[0].gelu, net[2], module.ff, width)
-    table = getattr(getattr(norm1.emb, "class_embedder", None), "embedding_table", None)
+    table: Any = getattr(getattr(norm1.emb, "class_embedder", None), "embedding_table", None)
     if not isinstance(table, nn.Embedding):
         raise Unfit(f"norm1.emb is {type(norm1.emb).__name__}, expected an embedding of timesteps and labels")
     # One GEMM for q, k and v would need their weights side by side, which is a copy each step.
