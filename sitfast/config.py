@@ -415,5 +415,3 @@ def _combinations(cfg: Config) -> Iterator[Problem]:
         yield problem(
             "profile.trace", "profile.start", rule="a trace needs a window; set profile.start and profile.stop"
         )
-    if cfg.train.device == "cpu" and cfg.train.precision == "tf32":
-        yield problem("train.device", "train.precision", rule="TF32 exists on GPUs; use fp32")

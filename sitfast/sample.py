@@ -25,9 +25,11 @@ from sitfast.vae import build_vae
 
 def labels_for(num: int, classes: tuple[int, ...] | None, num_classes: int) -> Tensor:
     """`[num]` labels: the given classes in turn, or all classes, evenly spread when there are more than `num`."""
+    if num < 1:
+        raise SitfastError(f"--num {num} must be at least 1")
     if classes is None:
         step = max(1, num_classes // num)
-        classes = tuple(range(0, num_classes, step))[: max(num, 1)]
+        classes = tuple(range(0, num_classes, step))[:num]
     return torch.tensor([classes[i % len(classes)] for i in range(num)])
 
 
@@ -44,19 +46,17 @@ def generate(
 ) -> Tensor:
     """Images `[N, C, H, W]` in [-1, 1] on the CPU for the labels `[N]`, `settings.batch_size` at a time.
 
-    The model runs uncompiled and in evaluation mode here, and is left as it was.
+    The model runs uncompiled here.
     """
     shape = (model.config["in_channels"], model.config["input_size"], model.config["input_size"])
     device = next(model.parameters()).device
-    training, done = model.training, []
-    model.eval()
+    done = []
     with torch.compiler.set_stance("force_eager"):  # batches of other sizes must not make the blocks compile again
         for index in torch.arange(len(labels), device=device).split(settings.batch_size):
             y = labels.to(device)[index]
             noise = start_noise(seed, index, shape)
             x, _ = sample(model, interpolant, noise, y, null=null, settings=settings, seed=seed, index=index)
             done.append(vae.decode(x).float().clamp(-1, 1).cpu())
-    model.train(training)
     return torch.cat(done)
 
 
@@ -66,8 +66,8 @@ class Restored:
     def __init__(self, path: str, *, ema: bool, device: str, overrides: list[str]) -> None:
         folder = checkpoint.find_checkpoint(path)
         self.folder, self.state = folder, checkpoint.read_state(folder)
-        self.cfg: Config = config.load(folder / "config.yaml", [*overrides, f"train.device={device}"])
-        self.device = parallel.resolve_device(self.cfg.train.device)
+        self.cfg: Config = config.load(folder / "config.yaml", overrides)
+        self.device = parallel.resolve_device(device)
         self.model: SiT = build_model(**self.state["model"]).to(self.device)
         load_state(self.model, checkpoint.find_weights(folder, ema=ema), source=str(folder))
         self.vae = build_vae(self.cfg.vae, device=self.device, seed=self.cfg.seed)
@@ -132,8 +132,6 @@ def main(argv: list[str]) -> int:
         columns = len(classes) if len(classes) <= 20 else None
     if args.num is not None:
         num = args.num
-    if num < 1:
-        raise SitfastError(f"--num {num} must be at least 1")
     labels = labels_for(num, classes, num_classes)
     x = run.generate(labels, seed=args.seed)
 

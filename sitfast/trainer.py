@@ -27,6 +27,7 @@ from sitfast.evaluate import validation_loss
 from sitfast.images import replacing, save_grid
 from sitfast.interpolant import Interpolant
 from sitfast.kernels.attention import describe as describe_attention
+from sitfast.kernels.mlp import describe as describe_mlp
 from sitfast.loss import interpolant_loss
 from sitfast.model import (
     build_model,
@@ -55,6 +56,8 @@ class Trainer:
     def __init__(self, cfg: Config, world: World) -> None:
         config.check_world(cfg, world.size)
         self.cfg, self.world, self.device = cfg, world, world.device
+        if world.device.type == "cpu" and cfg.train.precision == "tf32":
+            raise SitfastError("train.precision=tf32 needs a GPU, and this run is on the CPU; use train.precision=fp32")
         self.run_dir = Path(cfg.output_dir)
         self._claim_folder()
 
@@ -244,9 +247,11 @@ class Trainer:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         start = time.perf_counter()
-        with annotate(name):
-            yield
-        self._paused += time.perf_counter() - start
+        try:
+            with annotate(name):
+                yield
+        finally:
+            self._paused += time.perf_counter() - start
 
     # -------------------------------------------------------------------------------------------- now and then
 
@@ -373,9 +378,10 @@ class Trainer:
         """What the operations of a block run, and why."""
         if self.device.type == "cpu":
             return "PyTorch: there are none of our own for the CPU"
-        width = self.model.config["hidden_size"] // self.model.config["num_heads"]
-        dtype = AUTOCAST[self.cfg.train.precision] or torch.float32
-        return f"Triton; attention: {describe_attention(self.model.grid**2, width, dtype, self.device)}"
+        width, dtype = self.model.config["hidden_size"], AUTOCAST[self.cfg.train.precision] or torch.float32
+        head = width // self.model.config["num_heads"]
+        attention = describe_attention(self.model.grid**2, head, dtype, self.device)
+        return f"layer norm and residual: Triton; feed-forward: {describe_mlp(width, dtype)}; attention: {attention}"
 
 
 def _check_patches(cfg: Config, downsample: int) -> None:

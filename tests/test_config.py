@@ -81,7 +81,6 @@ def test_an_unknown_key_gets_a_suggestion(override, hint):
         ["profile.start=5", "profile.stop=5"],
         ["profile.trace=true"],
         ["optim.min_lr=1"],
-        ["train.device=cpu", "train.precision=tf32"],
         ["data.path=null"],
     ],
 )

@@ -11,7 +11,7 @@ from PIL import Image
 
 from sitfast import evaluate, sample
 from sitfast.errors import SitfastError
-from tests.conftest import command, losses
+from tests.conftest import command, losses, train
 
 ROOT = Path(__file__).parent.parent
 
@@ -107,6 +107,14 @@ def test_bad_arguments(demo, arguments, message):
         arguments, message = ["--cfg", "-1"], "sample.cfg=-1"
     with pytest.raises(SitfastError, match=message.replace("?", r"\?")):
         sample.main(["--ckpt", str(demo), *arguments])
+
+
+def test_a_run_that_held_nothing_out_can_be_evaluated(tiny, tmp_path, capsys):
+    train(*tiny, "train.steps=1")
+    evaluate.main(["--ckpt", str(tmp_path / "run"), "--num", "10", "train.precision=tf32", "--device", "cpu"])
+    assert "of the held-out real digits" in capsys.readouterr().out
+    with pytest.raises(SitfastError, match="--num 0 must be at least 1"):
+        evaluate.main(["--ckpt", str(tmp_path / "run"), "--num", "0"])
 
 
 def test_a_missing_checkpoint(tmp_path):

@@ -220,6 +220,7 @@ def test_weights_of_another_resolution_start_a_run(tiny, tmp_path, image_folder)
         (["model.init_from=absent.safetensors"], "absent.safetensors"),
         (["model.num_heads=3"], "num_heads=3"),
         (["train.device=cuda"], "sees no GPU"),
+        (["train.precision=tf32"], "train.precision=tf32 needs a GPU"),
     ],
 )
 def test_bad_input_is_one_clear_line(tiny, tmp_path, image_folder, overrides, message):

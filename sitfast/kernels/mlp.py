@@ -203,6 +203,18 @@ def mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor | None = None,
         check(NAME, "b2", b2, (width,), x.device)
     if save not in ("preact", "both"):
         raise ValueError(f"{NAME}: save={save!r}, expected 'preact' or 'both'")
-    compiler_wins = width <= REFERENCE_WIDTH or compute_dtype(x) == torch.float32
-    implementation = choose(x.device, reference, cuda=reference if compiler_wins else fused)
+    implementation = choose(x.device, reference, cuda=reference if _why_reference(width, compute_dtype(x)) else fused)
     return implementation(x, w1, b1, w2, b2, save)
+
+
+def _why_reference(width: int, dtype: torch.dtype) -> str | None:
+    """Why the kernels are not the default on a GPU at this width and dtype, or None where they are."""
+    if width <= REFERENCE_WIDTH:
+        return f"up to width {REFERENCE_WIDTH} torch.compile is faster"
+    return "the kernels have not been shown to win in fp32" if dtype == torch.float32 else None
+
+
+def describe(width: int, dtype: torch.dtype) -> str:
+    """One line for the start-up table: what `mlp` runs on a GPU for rows of `width`, and why."""
+    reason = _why_reference(width, dtype)
+    return f"PyTorch ({reason})" if reason else "fused"

@@ -159,12 +159,18 @@ def test_hopper_kernels_compile_ahead_of_time():
 
 @pytest.mark.gpu
 @on_gpu
-@pytest.mark.parametrize("shape", GPU_SHAPES)
-@pytest.mark.parametrize("backend", ["short", "hopper", "auto"])
+@pytest.mark.parametrize(
+    "backend, shape",
+    [
+        (backend, shape)
+        for backend in ("short", "hopper", "auto")
+        for shape in GPU_SHAPES
+        if backend != "hopper" or shape[1] == attention_hopper.TOKENS
+    ],
+)
 def test_half_precision_error_is_at_most_twice_that_of_eager(backend, shape):
-    tokens, width = shape[1], shape[3]
-    if backend == "hopper" and (reason := attention_hopper.unsupported(tokens, width, torch.bfloat16)):
-        pytest.skip(reason)
+    if backend == "hopper" and (reason := attention_hopper.unsupported(shape[1], shape[3], torch.bfloat16)):
+        pytest.skip(f"this GPU: {reason}")
     for dtype in (torch.bfloat16, torch.float16):
         qkv, dout = operands(*shape, dtype)
         exact_out, _, exact = formula(qkv.double(), dout.double())
@@ -184,7 +190,7 @@ def test_half_precision_error_is_at_most_twice_that_of_eager(backend, shape):
 def test_many_heads_repeat_bitwise(backend):
     """More programs than run at once, many times over: a race between them or within one would show."""
     if backend == "hopper" and (reason := attention_hopper.unsupported(256, 72, torch.bfloat16)):
-        pytest.skip(reason)
+        pytest.skip(f"this GPU: {reason}")
     qkv, dout = operands(64, 256, 16, 72, torch.bfloat16)
     forward, backward = BACKENDS[backend].forward, BACKENDS[backend].backward
     out, lse = forward(qkv)

@@ -334,6 +334,7 @@ def test_narrow_layers_and_fp32_run_the_reference(width, dtype, expected, monkey
     monkeypatch.setattr(implementation, "reference", lambda *_: "reference")
     monkeypatch.setattr(implementation, "fused", lambda *_: "kernels")
     assert mlp(*operands(width, 24, (1,), dtype)) == expected
+    assert implementation.describe(width, dtype).startswith("fused" if expected == "kernels" else "PyTorch (")
 
 
 # cuBLASLt
@@ -375,7 +376,7 @@ def test_epilogue_is_refused_where_cublaslt_has_none():
 )
 def test_gpu_backends_meet_the_calibrated_rule(first, second, rows, width, hidden):
     if second != "pointwise" and torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("needs Hopper")
+        pytest.skip("needs a Hopper GPU")
     values = [value.detach() for value in operands(width, hidden, (rows,), torch.bfloat16)]
     dy = torch.randn(rows, width, device="cuda", dtype=torch.bfloat16)
     exact = run(implementation.reference, [value.float() for value in values], dy)
@@ -404,7 +405,7 @@ def test_gluon_agrees_with_triton(dtype, rows, width, hidden):
     from sitfast.kernels import _gemm_gluon, gemm_gelu
 
     if torch.cuda.get_device_capability() != (9, 0) or not gemm_gelu.has_gluon():
-        pytest.skip("needs Hopper and a known Gluon")
+        pytest.skip("needs a Hopper GPU and a known Gluon")
     dy, _, _, w2, _ = operands(width, hidden, (rows,), dtype)
     u = torch.randn(rows, hidden, device="cuda", dtype=dtype)
     for keep in (False, True):
