@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from sitfast import philox
 from sitfast.errors import SitfastError
-from sitfast.kernels import attention, gated_residual_layernorm_modulate, layernorm_modulate, mlp
+from sitfast.kernels import attention, gated_residual_layernorm_modulate, layernorm_modulate, linear, mlp
 
 Pending = tuple[Tensor, Tensor, Tensor]  # y [B, N, D], gate [B, D], bias [D]: gate · (y + bias) is still to be added
 
@@ -85,8 +85,8 @@ class Attention(nn.Module):
         self.proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, h: Tensor) -> Tensor:
-        qkv = self.qkv(h).unflatten(-1, (3, self.num_heads, -1))
-        return F.linear(attention(qkv).flatten(2), self.proj.weight)
+        qkv = linear(h, self.qkv.weight, self.qkv.bias).unflatten(-1, (3, self.num_heads, -1))
+        return linear(attention(qkv).flatten(2), self.proj.weight)
 
 
 class Mlp(nn.Module):

@@ -8,6 +8,7 @@ from sitfast.kernels.attention import attention
 from sitfast.kernels.dispatch import use_reference
 from sitfast.kernels.gated_residual import gated_residual_layernorm_modulate
 from sitfast.kernels.layernorm_modulate import layernorm_modulate
+from sitfast.kernels.linear import linear
 from sitfast.kernels.mlp import mlp
 
-__all__ = ["attention", "gated_residual_layernorm_modulate", "layernorm_modulate", "mlp", "use_reference"]
+__all__ = ["attention", "gated_residual_layernorm_modulate", "layernorm_modulate", "linear", "mlp", "use_reference"]
