@@ -1,37 +1,45 @@
-"""gated_residual_layernorm_modulate: x, y to x_new, h; backward reads dx_new, dh, x_new, y, writes dx, dy."""
+"""gated_residual_layernorm_modulate: x, y to x_new, h; backward reads dx_new, dh, x_new, y, writes dx, dy.
+
+The stream is bf16, or fp32 under bf16 autocast, which leaves y, h and dy in bf16.
+"""
 
 from __future__ import annotations
 
-import pytest
 from torch import Tensor
 
-from benchmarks.harness import TOKENS, WIDTHS, Case, Direction, Work, batch, draw
+from benchmarks.bench_layernorm_modulate import SHAPES, STREAMS, autocast
+from benchmarks.harness import Case, Direction, Work, batch, draw, shapes
 from sitfast.kernels import gated_residual_layernorm_modulate
 
 
-def function(x: Tensor, y: Tensor, adaln: Tensor) -> tuple[Tensor, Tensor]:
-    """On chunks of the adaLN output, as the model calls it."""
-    gate, shift, scale = adaln.chunk(6, dim=1)[2:5]
-    return gated_residual_layernorm_modulate(x, y, gate, shift, scale)
-
-
-@pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("tokens", TOKENS)
-@pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_gated_residual(bench, width: int, tokens: int, direction: Direction) -> None:
+def case(width: int, tokens: int, stream: str) -> Case:
     samples, length = batch(tokens)
-    unit = samples * length * width * draw(1).element_size()
-    rows = unit // length
-    bench(
-        Case(
-            kernel="gated_residual_layernorm_modulate",
-            width=width,
-            tokens=tokens,
-            function=function,
-            draw=lambda: (draw(samples, length, width), draw(samples, length, width), draw(samples, 6 * width)),
-            forward=Work(bytes=4 * unit + 3 * rows, flops=0),
-            backward=Work(bytes=6 * unit + 5 * rows, flops=0),
-            bound="bytes",
+    unit, size = samples * length * width, draw(1).element_size()
+    wide = STREAMS[stream].itemsize
+    vectors = samples * width * size
+
+    def function(x: Tensor, y: Tensor, adaln: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """On chunks of the adaLN output, with the bias of the branch, as the model calls it."""
+        gate, shift, scale = adaln.chunk(6, dim=1)[2:5]
+        with autocast(stream, adaln):
+            return gated_residual_layernorm_modulate(x, y, gate, shift, scale, bias=bias)
+
+    return Case(
+        kernel=f"gated_residual_layernorm_modulate{stream and ', '}{stream}",
+        width=width,
+        tokens=tokens,
+        function=function,
+        draw=lambda: (
+            draw(samples, length, width, dtype=STREAMS[stream]),
+            draw(samples, length, width),
+            draw(samples, 6 * width),
+            draw(width, dtype=STREAMS[stream]),
         ),
-        direction,
+        forward=Work(bytes=unit * (2 * wide + 2 * size) + 3 * vectors, flops=0),
+        backward=Work(bytes=unit * (3 * wide + 3 * size) + 5 * vectors, flops=0),
     )
+
+
+@shapes("tokens, stream", SHAPES)
+def test_gated_residual(bench, width: int, tokens: int, stream: str, direction: Direction) -> None:
+    bench(case(width, tokens, stream), direction)

@@ -1,56 +1,76 @@
-"""layernorm_modulate: one read and one write forward; backward reads dh and x and writes dx."""
+"""layernorm_modulate: one read and one write forward; backward reads dh and x and writes dx.
+
+The stream is bf16, or fp32 under bf16 autocast, which makes h bf16. Liger has no adaLN kernel: its column is its layer
+norm alone, without modulation, dshift and dscale, the least that anything built on it would take.
+"""
 
 from __future__ import annotations
 
 import pytest
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import GPU, TOKENS, WIDTHS, Case, Direction, Function, Work, batch, draw
+from benchmarks.harness import DEVICE, DTYPE, GPU, Case, Direction, Rival, Work, batch, draw, shapes
 from sitfast.kernels import layernorm_modulate
 
+STREAMS = {"": DTYPE, "fp32 stream": torch.float32}
+SHAPES = [pytest.param(*shape, id=name) for name, shape in {
+    "256": (256, ""), "1024": (1024, ""), "256-fp32": (256, "fp32 stream"),
+}.items()]  # fmt: skip
 
-def liger() -> Function | None:
-    """Liger's layer norm, then the modulation in PyTorch: it has no adaLN kernel."""
+
+def autocast(stream: str, operand: Tensor) -> torch.autocast:
+    """On for an fp32 stream, unless the operand says that these are the widened inputs of the check."""
+    enabled = GPU and stream != "" and operand.dtype == DTYPE
+    return torch.autocast(DEVICE.type, torch.bfloat16, enabled=enabled)
+
+
+def rivals() -> dict[str, Rival]:
     if not GPU:
-        return None
+        return {}
     try:
         from liger_kernel.ops.layer_norm import LigerLayerNormFunction
     except ImportError:
-        return None
+        return {}
+    affine: dict[int, tuple[Tensor, Tensor]] = {}
 
     def run(x: Tensor, adaln: Tensor) -> Tensor:
-        shift, scale = adaln.chunk(6, dim=1)[:2]
-        ones = x.new_ones(x.shape[-1])
-        normed = LigerLayerNormFunction.apply(x, ones, x.new_zeros(x.shape[-1]), 1e-6)
-        return normed * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+        width = x.shape[-1]
+        if width not in affine:
+            affine[width] = x.detach().new_ones(width), x.detach().new_zeros(width)
+        return LigerLayerNormFunction.apply(x, *affine[width], 1e-6)
 
-    return run
+    def reference(x: Tensor, adaln: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], eps=1e-6)
 
-
-def function(x: Tensor, adaln: Tensor) -> Tensor:
-    """On chunks of the adaLN output, as the model calls it."""
-    shift, scale = adaln.chunk(6, dim=1)[:2]
-    return layernorm_modulate(x, shift, scale)
+    return {"Liger": Rival(run, reference)}
 
 
-@pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("tokens", TOKENS)
-@pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_layernorm_modulate(bench, width: int, tokens: int, direction: Direction) -> None:
+def case(width: int, tokens: int, stream: str) -> Case:
     samples, length = batch(tokens)
-    unit = samples * length * width * draw(1).element_size()
-    rows = unit // length
-    bench(
-        Case(
-            kernel="layernorm_modulate",
-            width=width,
-            tokens=tokens,
-            function=function,
-            draw=lambda: (draw(samples, length, width), draw(samples, 6 * width)),
-            forward=Work(bytes=2 * unit + 2 * rows, flops=0),
-            backward=Work(bytes=3 * unit + 3 * rows, flops=0),
-            bound="bytes",
-            liger=liger(),
-        ),
-        direction,
+    unit, size = samples * length * width, draw(1).element_size()
+    wide = STREAMS[stream].itemsize
+    vectors = samples * width * size
+
+    def function(x: Tensor, adaln: Tensor) -> Tensor:
+        """On chunks of the adaLN output, as the model calls it."""
+        shift, scale = adaln.chunk(6, dim=1)[:2]
+        with autocast(stream, adaln):
+            return layernorm_modulate(x, shift, scale)
+
+    return Case(
+        kernel=f"layernorm_modulate{stream and ', '}{stream}",
+        width=width,
+        tokens=tokens,
+        function=function,
+        draw=lambda: (draw(samples, length, width, dtype=STREAMS[stream]), draw(samples, 6 * width)),
+        forward=Work(bytes=unit * (wide + size) + 2 * vectors, flops=0),
+        backward=Work(bytes=unit * (2 * wide + size) + 3 * vectors, flops=0),
+        rivals={} if stream else rivals(),
     )
+
+
+@shapes("tokens, stream", SHAPES)
+def test_layernorm_modulate(bench, width: int, tokens: int, stream: str, direction: Direction) -> None:
+    bench(case(width, tokens, stream), direction)

@@ -1,36 +1,67 @@
-"""mlp: two GEMMs forward and four backward, H = 4 D. Liger has no feed-forward without a gate, so no column for it."""
+"""mlp: two GEMMs forward and four backward, H = 4 D.
+
+Liger has no feed-forward without a gate. Its column is the nearest that can be built of it: its GEGLU kernel with a gate
+of ones between PyTorch's two linear layers.
+"""
 
 from __future__ import annotations
 
-import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from benchmarks.harness import TOKENS, WIDTHS, Case, Direction, Work, batch, draw
-from sitfast.kernels import mlp
+from benchmarks.harness import DTYPE, GPU, Case, Direction, Rival, Work, batch, draw, shapes
+from sitfast.kernels.dispatch import choose
+from sitfast.kernels.mlp import describe, fused, reference
 
 
-@pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("tokens", TOKENS)
-@pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_mlp(bench, width: int, tokens: int, direction: Direction) -> None:
+def rivals() -> dict[str, Rival]:
+    if not GPU:
+        return {}
+    try:
+        from liger_kernel.ops.geglu import LigerGELUMulFunction
+    except ImportError:
+        return {}
+    gates: dict[torch.Size, Tensor] = {}
+
+    def run(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+        u = F.linear(x, w1, b1)
+        if u.shape not in gates:
+            gates[u.shape] = torch.ones_like(u.detach())
+        return F.linear(LigerGELUMulFunction.apply(u, gates[u.shape]), w2, b2)
+
+    return {"Liger": Rival(run)}
+
+
+def function(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+    """The kernels, also where `mlp` runs the reference since they lose to the compiler."""
+    return choose(x.device, reference, cuda=fused)(x, w1, b1, w2, b2)
+
+
+def case(width: int, tokens: int) -> Case:
     samples, length = batch(tokens)
-    hidden = 4 * width
-    gemm = 2 * samples * length * width * hidden
-    bench(
-        Case(
-            kernel="mlp",
-            width=width,
-            tokens=tokens,
-            function=mlp,
-            draw=lambda: (
-                draw(samples, length, width),
-                draw(hidden, width, scale=width**-0.5),
-                draw(hidden),
-                draw(width, hidden, scale=hidden**-0.5),
-                draw(width),
-            ),
-            forward=Work(bytes=0, flops=2 * gemm),
-            backward=Work(bytes=0, flops=4 * gemm),
-            bound="flops",
+    hidden, rows, size = 4 * width, samples * length, draw(1).element_size()
+    gemm = 2 * rows * width * hidden
+    default = describe(width, DTYPE)
+    return Case(
+        kernel="mlp",
+        width=width,
+        tokens=tokens,
+        function=function,
+        draw=lambda: (
+            draw(samples, length, width),
+            draw(hidden, width, scale=width**-0.5),
+            draw(hidden),
+            draw(width, hidden, scale=hidden**-0.5),
+            draw(width),
         ),
-        direction,
+        forward=Work(bytes=(2 * rows * width + rows * hidden + 2 * width * hidden) * size, flops=2 * gemm),
+        backward=Work(bytes=(3 * rows * width + rows * hidden + 4 * width * hidden) * size, flops=4 * gemm),
+        rivals=rivals(),
+        note=f"`mlp` runs {default}" if GPU and default.startswith("PyTorch") else None,
     )
+
+
+@shapes()
+def test_mlp(bench, width: int, tokens: int, direction: Direction) -> None:
+    bench(case(width, tokens), direction)

@@ -13,9 +13,10 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -27,9 +28,11 @@ DTYPE = torch.bfloat16 if GPU else torch.float32
 WIDTHS, TOKENS = (1152, 768, 1024, 384), (256, 1024)  # SiT-XL, B, L, S
 ROWS = 32768 if GPU else 0  # tokens of a batch, for every N; the CPU takes one sample of CPU_TOKENS
 CPU_TOKENS = {256: 8, 1024: 16}
-REPEATS, NUM_SETS, FLUSH_BYTES, BUSY_CYCLES = (30, 4, 256 << 20, 400_000) if GPU else (5, 2, 0, 0)
+# The busy cycles, a millisecond, are longer than the host takes to queue the launches of any call here.
+REPEATS, NUM_SETS, FLUSH_BYTES, BUSY_CYCLES = (30, 4, 256 << 20, 2_000_000) if GPU else (5, 2, 0, 0)
 
 Direction = Literal["forward", "backward"]
+DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
 Function = Callable[..., "Tensor | tuple[Tensor, ...]"]
 
 
@@ -39,6 +42,14 @@ class Work:
 
     bytes: int
     flops: int
+
+
+@dataclass(frozen=True)
+class Rival:
+    """Another package's kernel on the same inputs. With a `reference` it does only that part of our kernel's work."""
+
+    function: Function
+    reference: Function | None = None
 
 
 @dataclass
@@ -52,8 +63,19 @@ class Case:
     draw: Callable[[], tuple[Tensor, ...]]
     forward: Work
     backward: Work
-    bound: Literal["bytes", "flops"]
-    liger: Function | None = None
+    rivals: dict[str, Rival] = field(default_factory=dict)
+    note: str | None = None  # on the default at this shape, where the kernel is not it
+
+
+def shapes(names: str = "tokens", values: Sequence[Any] = TOKENS) -> Callable[[Callable], Callable]:
+    """Parametrize a benchmark over directions, tokens (or whatever `names` and `values` say) and widths."""
+
+    def decorate(test: Callable) -> Callable:
+        test = pytest.mark.parametrize("width", WIDTHS)(test)
+        test = pytest.mark.parametrize(names, values)(test)
+        return pytest.mark.parametrize("direction", DIRECTIONS)(test)
+
+    return decorate
 
 
 def batch(tokens: int) -> tuple[int, int]:
@@ -61,8 +83,8 @@ def batch(tokens: int) -> tuple[int, int]:
     return (ROWS // tokens, tokens) if GPU else (1, CPU_TOKENS[tokens])
 
 
-def draw(*shape: int, scale: float = 1.0) -> Tensor:
-    return (torch.randn(shape, device=DEVICE) * scale).to(DTYPE)
+def draw(*shape: int, scale: float = 1.0, dtype: torch.dtype = DTYPE) -> Tensor:
+    return (torch.randn(shape, device=DEVICE) * scale).to(dtype)
 
 
 def plain(function: Function) -> Function:
@@ -83,18 +105,21 @@ def gradients(function: Function, inputs: Sequence[Tensor], weights: Sequence[Te
     """Outputs, then the gradients of all inputs for the loss Σ weight · output."""
     leaves = [value.detach().requires_grad_() for value in inputs]
     outputs = tensors(function(*leaves))
-    grads = torch.autograd.grad(outputs, leaves, [w.to(o.dtype) for w, o in zip(weights, outputs, strict=True)])
+    grads = torch.autograd.grad(
+        outputs, leaves, [w.to(o.dtype) for w, o in zip(weights, outputs, strict=True)], materialize_grads=True
+    )
     return [*(output.detach() for output in outputs), *grads]
 
 
-def failure(function: Function, case: Case) -> str | None:
-    """Why the function may not be timed; None if nothing speaks against it."""
+def failure(function: Function, case: Case, *, reference: Function | None = None, repeats: bool = True) -> str | None:
+    """Why the function may not be timed; None if nothing speaks against it. `repeats` asks for the same bits twice."""
     inputs = case.draw()
-    wide = [value.double() if value.dtype == torch.float32 else value.float() for value in inputs]
-    reference = plain(case.function)
+    reference = reference or plain(case.function)
     with torch.no_grad():
         weights = [torch.randn_like(output) for output in tensors(reference(*inputs))]
-    exact, eager = gradients(reference, wide, weights), gradients(reference, inputs, weights)
+    eager = gradients(reference, inputs, weights)
+    wide = [value.double() if value.dtype == torch.float32 else value.float() for value in inputs]
+    exact = gradients(reference, wide, weights)
     del wide
     try:
         torch.use_deterministic_algorithms(True, warn_only=True)  # fills new memory with NaN
@@ -107,7 +132,7 @@ def failure(function: Function, case: Case) -> str | None:
         allowed += 1e-6 * truth.abs().max().item()
         if not error <= allowed:
             return f"result {position} is off by {error:.3g}, allowed {allowed:.3g}"
-        if not torch.equal(ours, repeat):
+        if repeats and not torch.equal(ours, repeat):
             return f"result {position} differs from run to run"
     return None
 
@@ -131,7 +156,8 @@ CLOCK = DeviceClock()
 class Timer:
     """Times prepared calls; holds the buffer that overwrites the L2."""
 
-    def __init__(self) -> None:
+    def __init__(self, busy_cycles: int = BUSY_CYCLES) -> None:
+        self.busy_cycles = busy_cycles
         self.flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=DEVICE)
 
     def samples_s(self, prepare: Callable[[int], Callable[[], object]], repeats: int = REPEATS) -> list[float]:
@@ -146,7 +172,7 @@ class Timer:
             run = prepare(index % NUM_SETS)
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             self.flush.zero_()
-            torch.cuda._sleep(BUSY_CYCLES)
+            torch.cuda._sleep(self.busy_cycles)
             start.record()
             run()
             end.record()
@@ -177,8 +203,8 @@ class Timer:
         return 2 * size**3 / statistics.median(self.samples_s(lambda _: lambda: left @ right))
 
 
-def measure(function: Function, case: Case, direction: Direction, timer: Timer) -> list[float]:
-    """Seconds of each timed call. Forward keeps what backward needs; backward starts from a fresh graph each time."""
+def calls(function: Function, case: Case, direction: Direction) -> Callable[[int], Callable[[], object]]:
+    """`prepare` of a Timer. Forward keeps what backward needs; backward starts from a fresh graph each time."""
     sets = [[value.requires_grad_() for value in case.draw()] for _ in range(NUM_SETS)]
     weights = [torch.randn_like(output) for output in tensors(function(*sets[0]))]
 
@@ -187,9 +213,14 @@ def measure(function: Function, case: Case, direction: Direction, timer: Timer) 
         if direction == "forward":
             return lambda: function(*leaves)
         outputs = tensors(function(*leaves))
-        return lambda: torch.autograd.grad(outputs, leaves, weights)
+        return lambda: torch.autograd.grad(outputs, leaves, weights, allow_unused=True)
 
-    return timer.samples_s(prepare)
+    return prepare
+
+
+def measure(function: Function, case: Case, direction: Direction, timer: Timer) -> list[float]:
+    """Seconds of each timed call."""
+    return timer.samples_s(calls(function, case, direction))
 
 
 def compiled(function: Function) -> Function:
@@ -200,12 +231,12 @@ def compiled(function: Function) -> Function:
 
 
 def figures(case: Case, direction: Direction, seconds: float, ceilings: dict[str, float]) -> dict[str, float | str]:
-    """Rate and share of the ceiling that bounds the kernel."""
+    """Rate, and share of the ceiling, in the unit that bounds the kernel: bytes of a copy or operations of a GEMM."""
     work = case.forward if direction == "forward" else case.backward
-    done = work.bytes if case.bound == "bytes" else work.flops
-    rate = done / seconds
+    moves = work.bytes / ceilings["bytes"] >= work.flops / ceilings["flops"]
+    rate = (work.bytes if moves else work.flops) / seconds
     return {
-        "rate": rate / (1e9 if case.bound == "bytes" else 1e12),
-        "unit": "GB/s" if case.bound == "bytes" else "TFLOP/s",
-        "percent_of_ceiling": 100 * rate / ceilings[case.bound],
+        "rate": rate / (1e9 if moves else 1e12),
+        "unit": "GB/s" if moves else "TFLOP/s",
+        "percent_of_ceiling": 100 * rate / ceilings["bytes" if moves else "flops"],
     }

@@ -1,43 +1,94 @@
-"""The Markdown page of one benchmark run: python -m benchmarks.results FILE.json > benchmarks/RESULTS.md"""
+"""The Markdown page of a benchmark run, or of several of one commit: python -m benchmarks.results FILE.json …"""
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-COLUMNS = ("D", "N", "B", "median µs", "rate", "% of ceiling", "× eager", "× torch.compile", "× Liger")
+PAGE = Path(__file__).parent / "RESULTS.md"
+SAME = ("device", "cpu_figures", "dtype", "torch", "cuda", "triton", "commit")  # what runs of one page share
+SLOWER = "▼"
+
+Infos = list[dict[str, Any]]
 
 
-def _number(value: float | None, digits: int = 2) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
+def _number(value: float | str | None, digits: int = 2) -> str:
+    return "-" if value is None else "wrong" if isinstance(value, str) else f"{value:.{digits}f}"
 
 
-def _row(info: dict[str, Any]) -> tuple[str, ...]:
-    return (
-        *(str(info[name]) for name in ("D", "N", "B")),
-        _number(info["median_us"], 1),
-        f"{_number(info['rate'], 0 if info['unit'] == 'GB/s' else 1)} {info['unit']}",
-        _number(info["percent_of_ceiling"], 1),
-        *(_number(info.get(f"x_{name}")) for name in ("eager", "compile", "liger")),
-    )
+def _rate(info: dict[str, Any]) -> str:
+    return f"{info['rate']:.0f} GB/s" if info["unit"] == "GB/s" else f"{info['rate']:.0f} TF/s"
 
 
-def _table(rows: list[tuple[str, ...]]) -> list[str]:
-    lines = [COLUMNS, tuple("---:" for _ in COLUMNS), *rows]
+def _rivals(infos: Infos) -> list[str]:
+    return list(dict.fromkeys(name for info in infos for name in info["rivals"]))
+
+
+def _table(infos: Infos) -> list[str]:
+    rivals = _rivals(infos)
+    titles = ["", "D", "N", "µs", "rate", "%", "× eager", "× compile", *(f"× {name}" for name in rivals)]
+    rows = []
+    for info in infos:
+        slower = info.get("x_compile", 1) < 1
+        rows.append(
+            [
+                {"forward": "fwd", "backward": "bwd"}[info["direction"]],
+                str(info["D"]),
+                str(info["N"]),
+                _number(info["median_us"], 1 if info["median_us"] < 1000 else 0),
+                _rate(info),
+                _number(info["percent_of_ceiling"], 0),
+                _number(info.get("x_eager")),
+                _number(info.get("x_compile")) + f" {SLOWER}" * slower,
+                *(_number(info["rivals"].get(name)) for name in rivals),
+            ]
+        )
+    lines = [titles, ["---:" if i else "---" for i in range(len(titles))], *rows]
     return ["| " + " | ".join(line) + " |" for line in lines]
 
 
-def page(run: dict[str, Any]) -> str:
-    """The whole page of a pytest-benchmark JSON report."""
-    machine, commit = run["machine_info"]["sitfast"], run.get("commit_info", {})
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
-    for benchmark in run["benchmarks"]:
-        info = benchmark["extra_info"]
-        groups[info["kernel"], info["direction"]].append(info)
-    ceilings = run["benchmarks"][0]["extra_info"]["ceilings"]
+def _notes(infos: Infos) -> list[str]:
+    """What a reader of the table has to know of single rows."""
+    notes: dict[str, list[str]] = defaultdict(list)
+    for info in infos:
+        where = f"{info['direction']} at D = {info['D']}, N = {info['N']}"
+        if info.get("note"):
+            notes[f"Not the default: {info['note']}"].append(where)
+        for name, outcome in info["rivals"].items():
+            if isinstance(outcome, str):
+                notes[f"{name}: {outcome}"].append(where)
+    return [f"- {text}: {'; '.join(where)}." for text, where in notes.items()]
+
+
+def _losses(tables: dict[str, Infos]) -> list[str]:
+    return [
+        f"- {kernel} {info['direction']}, D = {info['D']}, N = {info['N']}: {info['x_compile']:.2f} ×"
+        for kernel, infos in tables.items()
+        for info in infos
+        if info.get("x_compile", 1) < 1
+    ]
+
+
+def page(runs: list[dict[str, Any]]) -> str:
+    """The whole page of pytest-benchmark JSON reports; a case that several hold is taken from the last."""
+    machines = [run["machine_info"]["sitfast"] for run in runs]
+    for name in SAME:
+        if len(values := {machine.get(name) for machine in machines}) > 1:
+            raise SystemExit(f"the runs differ in {name} ({', '.join(map(str, values))}); make one page of each")
+    machine, commit = machines[0], runs[0].get("commit_info", {})
+    commit_id = machine.get("commit") or commit.get("id", "unknown")
+    dirty = commit.get("dirty") and not machine.get("commit")
+    cases: dict[tuple, dict[str, Any]] = {}
+    for run in runs:
+        for benchmark in run["benchmarks"]:
+            info = benchmark["extra_info"]
+            cases[info["kernel"], info["direction"], info["D"], info["N"]] = info
+    tables: dict[str, Infos] = defaultdict(list)
+    for (kernel, *_), info in sorted(cases.items(), key=lambda item: (item[0][1] == "backward", item[0][2:])):
+        tables[kernel].append(info)
     lines = [
         "# Benchmark results",
         "",
@@ -50,32 +101,41 @@ def page(run: dict[str, Any]) -> str:
         ),
         f"- device: {machine['device']}, {machine['dtype']}",
         f"- torch {machine['torch']}, CUDA {machine['cuda']}, Triton {machine['triton']}, "
-        f"Python {run['machine_info']['python_version']}",
-        f"- commit: {commit.get('id', 'unknown')}{' with local changes' if commit.get('dirty') else ''}",
-        f"- date: {run['datetime'][:19]}",
-        f"- command: `{machine['command']}`",
-        f"- ceilings of the same run: copy {ceilings['copy_GBs']:.0f} GB/s, GEMM {ceilings['gemm_TFLOPs']:.1f} TFLOP/s",
-        "",
-        "Median of CUDA-event times with a cold L2 and rotated random inputs. “×” is the other's time over ours: above",
-        "1 we are faster. Rates count the fewest bytes or operations the kernel can do with.",
+        f"Python {runs[0]['machine_info']['python_version']}",
+        f"- commit: {commit_id}{' with local changes' if dirty else ''}",
     ]
-    losses = []
-    for (kernel, direction), infos in groups.items():
-        infos.sort(key=lambda info: (info["D"], info["N"]))
-        lines += ["", f"## {kernel}, {direction}", "", *_table([_row(info) for info in infos])]
-        losses += [
-            f"- {kernel} {direction}, D = {info['D']}, N = {info['N']}: {info['x_compile']:.2f} ×"
-            for info in infos
-            if info.get("x_compile", 1) < 1
+    for run in runs:
+        ceilings = run["benchmarks"][0]["extra_info"]["ceilings"] if run["benchmarks"] else None
+        found = (
+            f"copy {ceilings['copy_GBs']:.0f} GB/s, GEMM {ceilings['gemm_TFLOPs']:.0f} TFLOP/s" if ceilings else "none"
+        )
+        lines += [
+            f"- `{run['machine_info']['sitfast']['command']}`",
+            f"  ({run['datetime'][:16].replace('T', ' ')}; ceilings of that run: {found})",
         ]
-    lines += ["", "## Slower than torch.compile", "", *(losses or ["None of the cases above."])]
+    rows = next(iter(cases.values()))
+    lines += [
+        "",
+        "Medians of CUDA-event times with a cold L2 and rotated random inputs, B · N = "
+        f"{rows['B'] * rows['N'] if not machine['cpu_figures'] else 'a few'}. “×” is the other's time over",
+        f"ours: above 1 we are faster; {SLOWER} marks what torch.compile, tuned by coordinate descent, does faster. Rates",
+        "count the fewest bytes or operations that can do; % is their share of the measured copy or GEMM. Backward is the",
+        "backward pass alone. What a column of another package compares is said in the kernel's `bench_*.py`.",
+    ]
+    for kernel, infos in sorted(tables.items()):
+        notes = _notes(infos)
+        lines += ["", f"## {kernel}", "", *_table(infos), *([""] if notes else []), *notes]
+    lines += ["", "## Slower than torch.compile", "", *(_losses(tables) or ["None of the cases above."])]
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m benchmarks.results FILE.json > benchmarks/RESULTS.md")
-    print(page(json.loads(Path(sys.argv[1]).read_text())), end="")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.results", description=__doc__)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="FILE.json", help="written by --benchmark-json")
+    parser.add_argument("--output", type=Path, default=PAGE)
+    arguments = parser.parse_args()
+    arguments.output.write_text(page([json.loads(path.read_text()) for path in arguments.runs]))
+    print(f"wrote {arguments.output}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,11 @@
+import copy
+import json
+
 import pytest
 import torch
 
-from benchmarks import harness, results
+from benchmarks import gpu_parity, harness, results
+from sitfast.model import build_model
 
 
 def case(function):
@@ -12,8 +16,7 @@ def case(function):
         function=function,
         draw=lambda: (torch.randn(16, 8, device=harness.DEVICE),),
         forward=harness.Work(bytes=2_000, flops=0),
-        backward=harness.Work(bytes=3_000, flops=0),
-        bound="bytes",
+        backward=harness.Work(bytes=3_000, flops=4_000),
     )
 
 
@@ -56,10 +59,25 @@ def test_results_that_change_from_run_to_run_are_refused():
 
 @pytest.mark.parametrize("direction, rate", [("forward", 2e-3), ("backward", 3e-3)])
 def test_rates_count_the_bytes_of_the_direction(direction, rate):
-    figures = harness.figures(case(None), direction, 1e-3, {"bytes": 4e6, "flops": 1.0})
+    figures = harness.figures(case(None), direction, 1e-3, {"bytes": 4e6, "flops": 1e12})
     assert figures["rate"] == pytest.approx(rate)
     assert figures["unit"] == "GB/s"
     assert figures["percent_of_ceiling"] == pytest.approx(rate / 4e-3 * 100)
+
+
+def test_a_kernel_bound_by_operations_is_measured_in_them():
+    figures = harness.figures(case(None), "backward", 1e-3, {"bytes": 4e6, "flops": 5e6})  # 0.75 and 0.8 ms
+    assert figures["rate"] == pytest.approx(4e-6)
+    assert figures["unit"] == "TFLOP/s"
+    assert figures["percent_of_ceiling"] == pytest.approx(80)
+
+
+def test_part_of_the_work_is_compared_with_its_own_reference():
+    half = case(lambda x: x * x)
+    assert harness.failure(lambda x: 2 * x, half, reference=lambda x: x + x, repeats=False) is None
+    assert "result 0 is off" in harness.failure(lambda x: 2 * x, half, repeats=False)
+    assert "differs" in harness.failure(drifting, case(lambda x: x * x))
+    assert harness.failure(drifting, case(lambda x: x * x), repeats=False) is None
 
 
 def test_a_measurement_calls_the_direction_it_names():
@@ -97,34 +115,125 @@ def entry(width, direction, **columns):
             "unit": "GB/s",
             "percent_of_ceiling": 90.04,
             "ceilings": {"copy_GBs": 3020.4, "gemm_TFLOPs": 798.2},
+            "note": None,
+            "rivals": {},
             **columns,
         }
     }
 
 
-def run(cpu_figures):
-    machine = {"device": "NVIDIA H100", "dtype": "bfloat16", "torch": "2.11", "cuda": "13.0", "triton": "3.6"}
-    machine |= {"command": "pytest benchmarks --benchmark-only", "cpu_figures": cpu_figures}
+def run(*benchmarks, **machine):
+    machine = {
+        "device": "NVIDIA H100",
+        "dtype": "bfloat16",
+        "torch": "2.11",
+        "cuda": "13.0",
+        "triton": "3.6",
+        "commit": "",
+        "command": "pytest benchmarks --benchmark-only",
+        "cpu_figures": False,
+        **machine,
+    }
     return {
         "machine_info": {"sitfast": machine, "python_version": "3.12.3"},
         "commit_info": {"id": "abc123", "dirty": True},
         "datetime": "2026-01-02T03:04:05.678",
-        "benchmarks": [
-            entry(1152, "forward", x_eager=4.0, x_compile=0.8),
-            entry(384, "forward", x_eager=5.0, x_compile=1.25, x_liger=1.5),
-        ],
+        "benchmarks": list(benchmarks),
     }
 
 
+def rows(page):
+    return [line for line in page.splitlines() if line.startswith("| ") and "GB/s" in line]
+
+
+WINS = entry(384, "forward", x_eager=5.0, x_compile=1.25, rivals={"Liger": 1.5})
+LOSES = entry(
+    1152, "forward", x_eager=4.0, x_compile=0.8, rivals={"Liger": "result 1 is off"}, note="`square` runs PyTorch"
+)
+
+
 def test_page_names_its_origin_and_the_cases_that_lose():
-    page = results.page(run(cpu_figures=False))
+    page = results.page([run(LOSES, WINS)])
     for fact in ("NVIDIA H100", "torch 2.11", "CUDA 13.0", "Triton 3.6", "Python 3.12.3", "abc123 with local changes"):
         assert fact in page
-    rows = [line for line in page.splitlines() if line.startswith("| ") and "GB/s" in line]
-    assert rows == [
-        "| 384 | 256 | 128 | 123.5 | 2718 GB/s | 90.0 | 5.00 | 1.25 | 1.50 |",
-        "| 1152 | 256 | 128 | 123.5 | 2718 GB/s | 90.0 | 4.00 | 0.80 | - |",
+    assert rows(page) == [
+        "| fwd | 384 | 256 | 123.5 | 2718 GB/s | 90 | 5.00 | 1.25 | 1.50 |",
+        "| fwd | 1152 | 256 | 123.5 | 2718 GB/s | 90 | 4.00 | 0.80 ▼ | wrong |",
     ]
     assert "- square forward, D = 1152, N = 256: 0.80 ×" in page
+    assert "- Not the default: `square` runs PyTorch: forward at D = 1152, N = 256." in page
+    assert "- Liger: result 1 is off: forward at D = 1152, N = 256." in page
     assert "CPU figures" not in page
-    assert "CPU figures" in results.page(run(cpu_figures=True))
+    assert "CPU figures" in results.page([run(WINS, cpu_figures=True)])
+
+
+def test_page_of_several_runs_has_every_case_once_and_the_commit_they_were_given():
+    again = copy.deepcopy(WINS)
+    again["extra_info"]["x_compile"] = 1.75
+    page = results.page(
+        [run(LOSES, WINS, commit="def456", command="first"), run(again, commit="def456", command="second")]
+    )
+    assert ["1.75" in row for row in rows(page)] == [True, False]
+    assert "- commit: def456\n" in page
+    assert "`first`" in page
+    assert "`second`" in page
+
+
+def test_page_mixes_no_machines_and_no_commits():
+    with pytest.raises(SystemExit, match=r"differ in device \(.*H200"):
+        results.page([run(WINS), run(WINS, device="NVIDIA H200")])
+    with pytest.raises(SystemExit, match="differ in commit"):
+        results.page([run(WINS, commit="a"), run(WINS, commit="b")])
+
+
+def test_command_writes_the_page(tmp_path, monkeypatch, capsys):
+    (tmp_path / "run.json").write_text(json.dumps(run(WINS)))
+    arguments = [str(tmp_path / "run.json"), "--output", str(tmp_path / "page.md")]
+    monkeypatch.setattr("sys.argv", ["results", *arguments])
+    results.main()
+    assert rows((tmp_path / "page.md").read_text())
+    assert "page.md" in capsys.readouterr().out
+
+
+# ---- loss parity -----------------------------------------------------------------------------------------------------
+
+
+def test_reordered_model_is_the_same_function():
+    torch.manual_seed(0)
+    model = build_model("SiT-S/2", hidden_size=24, depth=2, num_heads=3, input_size=8, num_classes=5).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.3)
+    other = copy.deepcopy(model)
+    gpu_parity.reorder(other, torch.randperm(24))
+    x, t, y = torch.randn(2, 4, 8, 8).double(), torch.rand(2), torch.tensor([1, 4])
+    assert not torch.equal(model.x_embedder.proj.weight, other.x_embedder.proj.weight)
+    assert torch.allclose(model(x, t, y), other(x, t, y), rtol=1e-9, atol=1e-9)
+
+
+def curves(offset=0.0, scale=1.0):
+    """Three references that differ by chance, and the kernels."""
+    torch.manual_seed(0)
+    base = torch.linspace(2, 1, 100).double()
+    noise = 1e-3 * torch.randn(4, 100).double()
+    return {
+        "kernels": base + scale * noise[0] + offset,
+        **{name: base + noise[i] for i, name in enumerate(("reference", "reordered 1", "reordered 2"), 1)},
+    }
+
+
+@pytest.mark.parametrize(
+    "changes, passes",
+    [({}, True), ({"offset": 2e-3}, False), ({"scale": 3.0}, False), ({"offset": float("nan")}, False)],
+)
+def test_verdict_on_the_loss_curves(changes, passes):
+    passed, lines = gpu_parity.verdict(curves(**changes))
+    assert passed == passes
+    assert len(lines) == 2
+    assert len(gpu_parity.table(curves(**changes))) == gpu_parity.BINS + 2
+
+
+def test_one_step_far_off_fails():
+    spiked = curves()
+    spiked["kernels"][50] += 0.02
+    assert not gpu_parity.verdict(spiked)[0]

@@ -93,7 +93,7 @@ def _row_mean(value_a, value_b, D: tl.constexpr):
     return (tl.sum(value_a, axis=0) + tl.sum(value_b, axis=0)) * (1.0 / D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_chunks", "chunk_rows"])
 def layernorm_forward_kernel(
     x_ptr,
     y_ptr,
@@ -164,7 +164,7 @@ def layernorm_forward_kernel(
         _store_row(h_ptr + row * D, h_a, h_b, D, BLOCK_A, BLOCK_B)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_chunks", "chunk_rows"])
 def layernorm_backward_kernel(
     dh_ptr,
     dx_new_ptr,
@@ -274,7 +274,7 @@ def layernorm_backward_kernel(
         _store_row(partial + 3 * D, dx_sum_a, dx_sum_b, D, BLOCK_A, BLOCK_B)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_chunks"])
 def sum_chunks_kernel(
     partial_ptr,
     gate_ptr,
@@ -352,13 +352,15 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def forward_launch(width: int, dtype: torch.dtype) -> Launch:
+def forward_launch(width: int, dtype: torch.dtype, residual: bool) -> Launch:
     launch = _entry(FORWARD, width)
     return replace(launch, warps=launch.warps * 2) if dtype == torch.float32 else launch
 
 
 @cache
-def backward_launch(batch: int, tokens: int, width: int, residual: bool, device: torch.device) -> Launch:
+def backward_launch(
+    batch: int, tokens: int, width: int, residual: bool, dtype: torch.dtype, device: torch.device
+) -> Launch:
     """The fewest chunks of a sample that fill nine tenths of their waves.
 
     B = 128, N = 256, D = 1152: three chunks are 384 programs on 396 places; four, a wave and a third, took 18 % longer.
@@ -392,7 +394,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x_new (x itself without y), h, and mean and rstd [B, N] of x_new in fp32."""
     batch, tokens, width = x.shape
-    launch = forward_launch(width, x.dtype)
+    launch = forward_launch(width, x.dtype, y is not None)
     x = x.contiguous()  # also for y and all gradients: those of a sum arrive with strides of zero
     x_new = x if y is None else torch.empty_like(x)
     h = torch.empty_like(x, dtype=out_dtype)
@@ -439,7 +441,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dx, dy, dgate, dshift, dscale, dbias; x is x_new here. A gradient that does not exist comes back empty."""
     batch, tokens, width = x.shape
-    launch = backward_launch(batch, tokens, width, y is not None, x.device)
+    launch = backward_launch(batch, tokens, width, y is not None, x.dtype, x.device)
     chunks = triton.cdiv(tokens, launch.rows)
     sums = 4 if bias is not None else 3 if y is not None else 2
     partial = torch.empty((batch, chunks, sums, width), dtype=torch.float32, device=x.device)

@@ -235,12 +235,14 @@ def test_kernel_names_what_it_does_not_take(change, message):
 def test_chunks_of_backward_fill_their_waves(batch, tokens, residual, rows, monkeypatch):
     monkeypatch.setattr(_layernorm_triton, "_multiprocessors", lambda _: 132)
     device = torch.device("cuda", 99)  # no other test may find these answers
-    assert _layernorm_triton.backward_launch(batch, tokens, 1152, residual, device).rows == rows
+    assert _layernorm_triton.backward_launch(batch, tokens, 1152, residual, torch.bfloat16, device).rows == rows
 
 
 def test_every_width_has_a_launch():
     for width in (1, 384, 385, 1152, 1153, 8192):
-        narrow, wide = (_layernorm_triton.forward_launch(width, dtype) for dtype in (torch.bfloat16, torch.float32))
+        narrow, wide = (
+            _layernorm_triton.forward_launch(width, dtype, True) for dtype in (torch.bfloat16, torch.float32)
+        )
         assert (wide.rows, wide.warps) == (narrow.rows, 2 * narrow.warps)
         assert wide.warps <= 32
         pieces = _layernorm_triton._pieces(width)
