@@ -11,9 +11,10 @@ import importlib
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -36,6 +37,34 @@ def take_turns(lock: Any) -> None:
     CachingAutotuner.bench = alone
 
 
+@contextmanager
+def share_of_kernels(index: int, count: int) -> Iterator[None]:
+    """Inside, of the kernels met in order only every `count`-th is tuned, from `index` on; the others run untuned.
+
+    With this, several processes that run the same graph tune it together.
+    """
+    from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+
+    tune, met = CachingAutotuner.coordinate_descent_tuning, {}
+
+    def mine(self: Any, launcher: Any, *args: Any, **kwargs: Any) -> Any:
+        position = met.setdefault(self.inductor_meta.get("kernel_name"), len(met))
+        return tune(self, launcher, *args, **kwargs) if position % count == index else launcher
+
+    CachingAutotuner.coordinate_descent_tuning = mine
+    try:
+        yield
+    finally:
+        CachingAutotuner.coordinate_descent_tuning = tune
+
+
+def processes(count: int | None = None) -> ProcessPoolExecutor:
+    """Processes that take turns on the GPU; two fewer than cores, or as many as asked for."""
+    context = multiprocessing.get_context("spawn")
+    most = max(1, (os.cpu_count() or 2) - 2)
+    return ProcessPoolExecutor(min(count or most, most), context, take_turns, (context.Lock(),))
+
+
 def _call(task: Task, compiled: bool) -> float:
     """Run forward and backward of a case once; returns the seconds it took."""
     from benchmarks import harness
@@ -51,27 +80,21 @@ def _call(task: Task, compiled: bool) -> float:
     return time.monotonic() - start
 
 
-def prepare(tasks: Iterable[Task], say: Callable[[str], None], *, tune: bool = True, processes: int = 0) -> None:
+def prepare(tasks: list[Task], say: Callable[[str], None], *, tune: bool = True) -> None:
     """Compile the kernels of all cases, then, if `tune`, tune the compiled reference of each."""
-    tasks, start = list(tasks), time.monotonic()
+    start = time.monotonic()
     try:
-        _prepare(tasks, say, start, tune, processes)
+        with processes(len(tasks)) as pool:
+            for what, compiled in (("compiled", False), ("tuned", True))[: 1 + tune]:
+                futures = {pool.submit(_call, task, compiled): task for task in tasks}
+                for done, future in enumerate(as_completed(futures), 1):
+                    module, arguments = futures[future]
+                    name = " ".join([module.removeprefix("benchmarks.bench_"), *map(str, arguments.values())])
+                    error = future.exception()
+                    took = f"{type(error).__name__}: {str(error)[:200]}" if error else f"{future.result():.0f} s"
+                    say(f"{what} {done}/{len(tasks)}, {time.monotonic() - start:.0f} s: {name} ({took})")
     except BrokenProcessPool:  # the rest is then compiled and tuned where it is timed, which only takes longer
         say("a process that compiles or tunes has died; going on without them")
-
-
-def _prepare(tasks: list[Task], say: Callable[[str], None], start: float, tune: bool, processes: int) -> None:
-    context = multiprocessing.get_context("spawn")
-    workers = processes or max(1, min(len(tasks), (os.cpu_count() or 2) - 2))
-    with ProcessPoolExecutor(workers, context, take_turns, (context.Lock(),)) as pool:
-        for what, compiled in (("compiled", False), ("tuned", True))[: 1 + tune]:
-            futures = {pool.submit(_call, task, compiled): task for task in tasks}
-            for done, future in enumerate(as_completed(futures), 1):
-                module, arguments = futures[future]
-                name = " ".join([module.removeprefix("benchmarks.bench_"), *map(str, arguments.values())])
-                error = future.exception()
-                took = f"{type(error).__name__}: {str(error)[:200]}" if error else f"{future.result():.0f} s"
-                say(f"{what} {done}/{len(tasks)}, {time.monotonic() - start:.0f} s: {name} ({took})")
 
 
 def num_timed() -> int:
