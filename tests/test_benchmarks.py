@@ -4,7 +4,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import gpu_parity, harness, results
+from benchmarks import gpu_parity, harness, results, tuning
 from sitfast.model import build_model
 
 
@@ -193,6 +193,23 @@ def test_command_writes_the_page(tmp_path, monkeypatch, capsys):
     results.main()
     assert rows((tmp_path / "page.md").read_text())
     assert "page.md" in capsys.readouterr().out
+
+
+def test_processes_share_the_kernels_of_a_graph(monkeypatch):
+    tuner = pytest.importorskip("torch._inductor.runtime.triton_heuristics").CachingAutotuner
+    monkeypatch.setattr(tuner, "coordinate_descent_tuning", lambda self, launcher: f"{launcher}, tuned")
+
+    class Kernel:
+        def __init__(self, name):
+            self.inductor_meta = {"kernel_name": name}
+
+    done = []
+    for index in range(2):
+        with tuning.share_of_kernels(index, 2):
+            tune = tuner.coordinate_descent_tuning
+            done.append([tune(Kernel(name), name) for name in ("a", "b", "a", "c")])
+    assert done == [["a, tuned", "b", "a, tuned", "c, tuned"], ["a", "b, tuned", "a", "c"]]
+    assert tuner.coordinate_descent_tuning(Kernel("b"), "b") == "b, tuned"
 
 
 # ---- loss parity -----------------------------------------------------------------------------------------------------
