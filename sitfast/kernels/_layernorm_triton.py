@@ -10,7 +10,7 @@ the rest of it (1152 = 1024 + 128, 1024 = 512 + 512), where one padded block of 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import TypeVar
 
@@ -30,37 +30,46 @@ class Launch:
     warps: int
 
 
-# (largest D, launch) for a 16-bit stream; an fp32 stream, whose rows are twice as long, takes twice the warps (D = 1152:
-# 163 µs, 92 % of a copy). Measured in bf16 on an H100 with B · N = 32768, see docs/kernels.md; runners-up in brackets.
+# (largest D, launch with the residual, launch without), for 16-bit and fp32 streams alike. Measured on an H100 with
+# B · N = 32768, see docs/kernels.md; runners-up in brackets. Many short programs win, since they need no common end.
 FORWARD = (
-    (384, Launch(rows=16, warps=1)),  # 43.4 µs (4 warps 48.7): a row is too short to share
-    (1024, Launch(rows=16, warps=2)),  # 768: 77.9 µs (1 warp 79.3); 1024: 100.8 µs (4 warps 100.4, within the noise)
-    (1152, Launch(rows=8, warps=2)),  # 113.5 µs (4 warps 114.7, 16 rows 115.5, 1 row 138.6: nothing to load ahead)
-    (2304, Launch(rows=8, warps=4)),  # from here on not measured: 18 elements of a row a thread, as at 1152
-    (4608, Launch(rows=8, warps=8)),
-    (8192, Launch(rows=8, warps=16)),
+    # 41.0 µs (2 warps 43.8, 16 rows 42.6), fp32 57.6; alone 23.5 (16 rows 27.9)
+    (384, (Launch(rows=2, warps=1), Launch(rows=2, warps=1))),
+    # 768: 77.9 µs (4 rows 76.5), fp32 107.2 (109.4), alone 40.5 (16 rows 48.4); 1024: 97.4 (99.0), 142.0, 51.8 (63.6)
+    (1024, (Launch(rows=2, warps=2), Launch(rows=2, warps=1))),
+    # 110.4 µs (2 rows 111.9, 8 rows 113.7; 1 warp 110.1, with spills), fp32 160.8 (163.3); alone 58.3 (8 rows 61.9)
+    (1152, (Launch(rows=4, warps=2), Launch(rows=2, warps=1))),
+    # From here on not measured: as many elements of a row a thread, or half.
+    (2304, (Launch(rows=4, warps=4), Launch(rows=4, warps=4))),
+    (4608, (Launch(rows=4, warps=8), Launch(rows=4, warps=8))),
+    (8192, (Launch(rows=4, warps=32), Launch(rows=4, warps=32))),
 )
 
 
 @dataclass(frozen=True)
 class Wave:
-    """Warps of a program, and how many programs one multiprocessor has registers for, with and without the residual."""
+    """Warps of a program, and how many programs one multiprocessor has registers for."""
 
     warps: int
     programs: int
-    programs_alone: int
 
 
-# (largest D, wave) of a backward pass; the rows follow from the wave, see `backward_launch`.
+# (largest D, wave with the residual in 16 bits, in fp32, without it in 16 bits, in fp32) of a backward pass, counted from
+# the registers on sm_90. The rows follow, see `backward_launch`: of all chunks tried, those that fill their waves were the
+# fastest, or within 2 % of it, in all 16 cases.
 BACKWARD = (
-    (384, Wave(2, programs=8, programs_alone=8)),  # 73.6 µs with 32 rows (1 warp 75.0)
-    (1024, Wave(4, programs=4, programs_alone=4)),  # 768: 128.2 µs with 64 rows (2 warps 129.8); 1024: 157.3 µs (159.4)
-    # 181.3 µs with 86 rows; alone 104.7 µs with 64 rows (86 rows 112.2); fp32 stream 285.9 µs (8 warps 307.5)
-    (1152, Wave(4, programs=3, programs_alone=4)),
-    # From here on not measured: 9 elements of a row a thread, as at 1152.
-    (2304, Wave(8, programs=1, programs_alone=1)),
-    (4608, Wave(16, programs=1, programs_alone=1)),
-    (8192, Wave(32, programs=1, programs_alone=1)),
+    # 73.0, 99.0, 42.9 and 57.6 µs
+    (384, (Wave(2, 8), Wave(2, 6), Wave(2, 16), Wave(2, 14))),
+    # 128.8 (4 warps 134.8), 176.0 (180.9), 67.6 (68.9), 102.6 µs (104.7)
+    (768, (Wave(2, 4), Wave(2, 4), Wave(2, 8), Wave(2, 8))),
+    # 157.0 (2 warps 158.6), 227.7 (227.3), 84.1 (4 warps 84.3), 131.2 µs (131.0)
+    (1024, (Wave(4, 4), Wave(4, 4), Wave(2, 8), Wave(2, 6))),
+    # 181.0 (2 warps 178.2, with spills), 268.9 (4 warps 281.5), 96.4 (4 warps 98.9), 147.0 µs (2 warps 155.0)
+    (1152, (Wave(4, 3), Wave(8, 2), Wave(2, 6), Wave(4, 4))),
+    # From here on not measured.
+    (2304, (Wave(8, 1), Wave(8, 1), Wave(8, 2), Wave(8, 2))),
+    (4608, (Wave(16, 1), Wave(16, 1), Wave(16, 1), Wave(16, 1))),
+    (8192, (Wave(32, 1), Wave(32, 1), Wave(32, 1), Wave(32, 1))),
 )
 MIN_ROWS, MAX_ROWS = 16, 128  # of a backward program; partial sums cost 1 / rows of the pass, long ones end unevenly
 
@@ -352,9 +361,9 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def forward_launch(width: int, dtype: torch.dtype, residual: bool) -> Launch:
-    launch = _entry(FORWARD, width)
-    return replace(launch, warps=launch.warps * 2) if dtype == torch.float32 else launch
+def forward_launch(width: int, residual: bool) -> Launch:
+    with_residual, alone = _entry(FORWARD, width)
+    return with_residual if residual else alone
 
 
 @cache
@@ -365,8 +374,8 @@ def backward_launch(
 
     B = 128, N = 256, D = 1152: three chunks are 384 programs on 396 places; four, a wave and a third, took 18 % longer.
     """
-    wave = _entry(BACKWARD, width)
-    places = _multiprocessors(device) * (wave.programs if residual else wave.programs_alone)
+    wave = _entry(BACKWARD, width)[2 * (not residual) + (dtype == torch.float32)]
+    places = _multiprocessors(device) * wave.programs
     fewest = triton.cdiv(tokens, MAX_ROWS)
     choices = range(fewest, max(fewest, tokens // MIN_ROWS) + 1)
     filled = {chunks: batch * chunks / (triton.cdiv(batch * chunks, places) * places) for chunks in choices}
@@ -394,7 +403,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x_new (x itself without y), h, and mean and rstd [B, N] of x_new in fp32."""
     batch, tokens, width = x.shape
-    launch = forward_launch(width, x.dtype, y is not None)
+    launch = forward_launch(width, y is not None)
     x = x.contiguous()  # also for y and all gradients: those of a sum arrive with strides of zero
     x_new = x if y is None else torch.empty_like(x)
     h = torch.empty_like(x, dtype=out_dtype)

@@ -221,30 +221,34 @@ def test_kernel_names_what_it_does_not_take(change, message):
 
 
 @pytest.mark.parametrize(
-    "batch, tokens, residual, rows",
+    "batch, tokens, residual, dtype, rows",
     [
-        (128, 256, True, 86),  # 3 chunks a sample: 384 programs on 132 · 3 = 396 places
-        (128, 256, False, 64),  # 4: 512 programs on 528
-        (256, 256, True, 86),  # 2 would be 512 programs, one wave and a third; 3 are 768 on twice 396
-        (32, 1024, True, 86),
-        (1, 256, True, 16),  # never enough programs: as many as pay
-        (1, 5, True, 5),
-        (2000, 256, True, 128),  # 4000 programs, 10.1 waves and so 11, filled to 92 %
+        (128, 256, True, torch.bfloat16, 86),  # 3 chunks a sample: 384 programs on 132 · 3 = 396 places
+        (128, 256, True, torch.float32, 128),  # 2: 256 programs on 264
+        (128, 256, False, torch.bfloat16, 43),  # 6: 768 programs on 792
+        (128, 256, False, torch.float32, 64),  # 4: 512 programs on 528
+        (256, 256, True, torch.bfloat16, 86),  # 2 would be 512 programs, one wave and a third; 3 are 768 on twice 396
+        (32, 1024, True, torch.bfloat16, 86),
+        (1, 256, True, torch.bfloat16, 16),  # never enough programs: as many as pay
+        (1, 5, True, torch.bfloat16, 5),
+        (2000, 256, True, torch.bfloat16, 128),  # 4000 programs, 10.1 waves and so 11, filled to 92 %
     ],
 )
-def test_chunks_of_backward_fill_their_waves(batch, tokens, residual, rows, monkeypatch):
+def test_chunks_of_backward_fill_their_waves(batch, tokens, residual, dtype, rows, monkeypatch):
     monkeypatch.setattr(_layernorm_triton, "_multiprocessors", lambda _: 132)
     device = torch.device("cuda", 99)  # no other test may find these answers
-    assert _layernorm_triton.backward_launch(batch, tokens, 1152, residual, torch.bfloat16, device).rows == rows
+    assert _layernorm_triton.backward_launch(batch, tokens, 1152, residual, dtype, device).rows == rows
 
 
-def test_every_width_has_a_launch():
+@pytest.mark.parametrize("residual", [True, False])
+def test_every_width_has_a_launch(residual):
     for width in (1, 384, 385, 1152, 1153, 8192):
-        narrow, wide = (
-            _layernorm_triton.forward_launch(width, dtype, True) for dtype in (torch.bfloat16, torch.float32)
-        )
-        assert (wide.rows, wide.warps) == (narrow.rows, 2 * narrow.warps)
-        assert wide.warps <= 32
+        launches = [_layernorm_triton.forward_launch(width, residual)]
+        for dtype in (torch.bfloat16, torch.float32):
+            launches.append(_layernorm_triton.backward_launch(4, 256, width, residual, dtype, torch.device("cpu")))
+        for launch in launches:
+            assert launch.rows >= 1
+            assert launch.warps in (1, 2, 4, 8, 16, 32)
         pieces = _layernorm_triton._pieces(width)
         assert width <= pieces["BLOCK_A"] + pieces["BLOCK_B"] < 2 * width + 1
 
