@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from benchmarks.bench_layernorm_modulate import SHAPES, STREAMS, autocast
+from benchmarks.bench_layernorm_modulate import SHAPES, STREAMS, autocast, modulation
 from benchmarks.harness import Case, Direction, Work, batch, draw, shapes
 from sitfast.kernels import gated_residual_layernorm_modulate
 
@@ -18,10 +18,10 @@ def case(width: int, tokens: int, stream: str) -> Case:
     wide = STREAMS[stream].itemsize
     vectors = samples * width * size
 
-    def function(x: Tensor, y: Tensor, adaln: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        """On chunks of the adaLN output, with the bias of the branch, as the model calls it."""
-        gate, shift, scale = adaln.chunk(6, dim=1)[2:5]
-        with autocast(stream, adaln):
+    def function(
+        x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, bias: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        with autocast(stream, scale):
             return gated_residual_layernorm_modulate(x, y, gate, shift, scale, bias=bias)
 
     return Case(
@@ -32,7 +32,7 @@ def case(width: int, tokens: int, stream: str) -> Case:
         draw=lambda: (
             draw(samples, length, width, dtype=STREAMS[stream]),
             draw(samples, length, width),
-            draw(samples, 6 * width),
+            *modulation(samples, width)[2:5],
             draw(width, dtype=STREAMS[stream]),
         ),
         forward=Work(bytes=unit * (2 * wide + 2 * size) + 3 * vectors, flops=0),

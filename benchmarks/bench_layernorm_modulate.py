@@ -26,6 +26,11 @@ def autocast(stream: str, operand: Tensor) -> torch.autocast:
     return torch.autocast(DEVICE.type, torch.bfloat16, enabled=enabled)
 
 
+def modulation(samples: int, width: int) -> tuple[Tensor, ...]:
+    """The six vectors [B, D], chunks of one adaLN output, as the model has them."""
+    return draw(samples, 6 * width).chunk(6, dim=1)
+
+
 def rivals() -> dict[str, Rival]:
     if not GPU:
         return {}
@@ -35,13 +40,13 @@ def rivals() -> dict[str, Rival]:
         return {}
     affine: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def run(x: Tensor, adaln: Tensor) -> Tensor:
+    def run(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         width = x.shape[-1]
         if width not in affine:
             affine[width] = x.detach().new_ones(width), x.detach().new_zeros(width)
         return LigerLayerNormFunction.apply(x, *affine[width], 1e-6)
 
-    def reference(x: Tensor, adaln: Tensor) -> Tensor:
+    def reference(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         return F.layer_norm(x, x.shape[-1:], eps=1e-6)
 
     return {"Liger": Rival(run, reference)}
@@ -53,10 +58,8 @@ def case(width: int, tokens: int, stream: str) -> Case:
     wide = STREAMS[stream].itemsize
     vectors = samples * width * size
 
-    def function(x: Tensor, adaln: Tensor) -> Tensor:
-        """On chunks of the adaLN output, as the model calls it."""
-        shift, scale = adaln.chunk(6, dim=1)[:2]
-        with autocast(stream, adaln):
+    def function(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        with autocast(stream, scale):
             return layernorm_modulate(x, shift, scale)
 
     return Case(
@@ -64,7 +67,7 @@ def case(width: int, tokens: int, stream: str) -> Case:
         width=width,
         tokens=tokens,
         function=function,
-        draw=lambda: (draw(samples, length, width, dtype=STREAMS[stream]), draw(samples, 6 * width)),
+        draw=lambda: (draw(samples, length, width, dtype=STREAMS[stream]), *modulation(samples, width)[:2]),
         forward=Work(bytes=unit * (wide + size) + 2 * vectors, flops=0),
         backward=Work(bytes=unit * (2 * wide + size) + 3 * vectors, flops=0),
         rivals={} if stream else rivals(),

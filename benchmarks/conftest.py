@@ -67,10 +67,14 @@ def _device_name() -> str:
 @pytest.fixture(scope="session")
 def say(request: pytest.FixtureRequest) -> Callable[[str], None]:
     """Progress, on the terminal at once."""
-    reporter = request.config.pluginmanager.get_plugin("terminalreporter")
+    plugins = request.config.pluginmanager
+    reporter, capture = plugins.get_plugin("terminalreporter"), plugins.get_plugin("capturemanager")
+    assert reporter is not None and capture is not None
 
     def line(text: str) -> None:
-        reporter.write_line(f"[{time.monotonic() - START:4.0f} s] {text}")
+        with capture.global_and_fixture_disabled():
+            reporter.write_line(f"[{time.monotonic() - START:4.0f} s] {text}")
+            reporter.flush()
 
     return line
 
