@@ -142,7 +142,7 @@ def main() -> None:
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}; compiled in {time.time() - start:.0f} s",
         flush=True,
     )
-    timer, found = Timer(busy_cycles=400_000), []
+    timer, found = Timer(), []
     rate = timer.copy_rate()
     unit = draw(BATCH, TOKENS, 1152)
     target = torch.empty_like(unit)

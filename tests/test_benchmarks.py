@@ -102,6 +102,37 @@ def test_a_measurement_calls_the_direction_it_names():
     assert calls.count("backward") >= harness.REPEATS
 
 
+@pytest.mark.parametrize("host_cycles, error", [(300_000, None), (3_000_000, None), (1e12, "too long")])
+def test_calls_that_the_host_queues_too_late_are_not_counted(host_cycles, error, monkeypatch):
+    slept = [0]
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.slept = slept[-1]
+
+        def query(self):  # of the first event: whether the device has reached it by now
+            return self.slept < host_cycles
+
+        def elapsed_time(self, other):
+            return 1e3 * self.slept
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", slept.append)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(harness, "BUSY_CYCLES", 500_000)
+    timer = harness.Timer()
+    if error:
+        with pytest.raises(RuntimeError, match=error):
+            timer._on_device(lambda _: lambda: None, 5)
+    else:
+        samples = timer._on_device(lambda _: lambda: None, 5)
+        assert len(samples) == 5
+        assert min(samples) >= host_cycles
+
+
 def entry(width, direction, **columns):
     return {
         "extra_info": {
