@@ -1,8 +1,8 @@
 """The Hopper kernels of attention for up to 256 tokens, in Gluon, Triton's language of explicit layouts.
 
 They differ from `_attention_triton` in what Triton leaves to no one: matrix products run while the next ones are issued
-and while exponentials are taken; P and dS go to shared memory once and are read there, transposed, by the products
-that need them; everything a program reads is asked for at its start.
+and while exponentials are taken; P and dS enter the next product from the registers in which the last one left them;
+everything a program reads is asked for at its start.
 
 A program's waits: `warpgroup_mma_wait(n)` lets the n products issued last go on; those before are done.
 """
@@ -145,116 +145,257 @@ def forward_kernel(
             async_copy.commit_group()
 
 
-@gluon.jit
-def backward_kernel(
-    qkv, out, dout, lse, dqkv, scale,
-    H: gl.constexpr, N: gl.constexpr, D: gl.constexpr,
-):  # fmt: skip
-    """One program of 8 warps: one head of N = 256 tokens. dq of all queries stays; keys pass by, 64 at a time."""
-    ROW: gl.constexpr = 3 * H * D
-    OUT_ROW: gl.constexpr = H * D
-    WARPS: gl.constexpr = 8
-    BLOCKS: gl.constexpr = N // 64
-    DTYPE: gl.constexpr = qkv.dtype.element_ty
-    S_AT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 64, 16])  # [queries, keys or head]
-    ST_AT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 16, 16])
-    K_AT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 32, 16])  # [keys, head]
-    KT_AT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 8, 16])
-    HEAD_IN: gl.constexpr = gl.NVMMASharedLayout(128, 16)
-    TAIL_IN: gl.constexpr = gl.NVMMASharedLayout(32, 16)
-    HEAD_AT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
-    TAIL_AT: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [WARPS, 1], [1, 0])
+# -- backward ----------------------------------------------------------------------------------------------------------
 
-    pair = gl.program_id(0).to(gl.int64)
-    offset = (pair // H) * (N * ROW) + (pair % H) * D
-    out_offset = (pair // H) * (N * OUT_ROW) + (pair % H) * D
-    base, grad = qkv + offset, dqkv + offset
-    q_head = gl.allocate_shared_memory(DTYPE, [N, 64], HEAD_IN)
-    do_head = gl.allocate_shared_memory(DTYPE, [N, 64], HEAD_IN)
-    k_head = gl.allocate_shared_memory(DTYPE, [BLOCKS, 64, 64], HEAD_IN)
-    v_head = gl.allocate_shared_memory(DTYPE, [BLOCKS, 64, 64], HEAD_IN)
-    p_tile = gl.allocate_shared_memory(DTYPE, [N, 64], HEAD_IN)
-    ds_tile = gl.allocate_shared_memory(DTYPE, [N, 64], HEAD_IN)
-    if D > 64:
-        q_tail = gl.allocate_shared_memory(DTYPE, [N, 16], TAIL_IN)
-        do_tail = gl.allocate_shared_memory(DTYPE, [N, 16], TAIL_IN)
-        k_tail = gl.allocate_shared_memory(DTYPE, [BLOCKS, 64, 16], TAIL_IN)
-        v_tail = gl.allocate_shared_memory(DTYPE, [BLOCKS, 64, 16], TAIL_IN)
-    else:
-        q_tail, do_tail, k_tail, v_tail = q_head, do_head, k_head, v_head
-    _fetch(do_head, do_tail, dout + out_offset, 0, OUT_ROW, D, N, WARPS)
-    async_copy.commit_group()
-    _fetch(q_head, q_tail, base, 0, ROW, D, N, WARPS)
-    for j in gl.static_range(BLOCKS):
-        _fetch(k_head.index(j), k_tail.index(j), base + H * D, j * 64, ROW, D, 64, WARPS)
-        _fetch(v_head.index(j), v_tail.index(j), base + 2 * H * D, j * 64, ROW, D, 64, WARPS)
-        async_copy.commit_group()
-    # Σ do ∘ out of every query, while the rest arrives
-    rows = gl.arange(0, N, gl.SliceLayout(1, HEAD_AT))
+S_AT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))  # a [64, 64] product of 4 warps
+T_AT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 16, 16]))
+HEAD_AT = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))  # pieces of 16 bytes, rows side by side
+TAIL_AT = gl.constexpr(gl.BlockedLayout([1, 1], [4, 8], [4, 1], [1, 0]))  # the same rows in the same threads
+COLUMNS_AT = gl.constexpr(gl.BlockedLayout([32, 1], [1, 32], [2, 2], [0, 1]))  # for sums over the rows
+# The rows of S_AT in pieces of 16 bytes: the four threads that share a row have exchanged theirs.
+STORE_AT = gl.constexpr(
+    gl.DistributedLinearLayout(
+        [[0, 1], [0, 2], [0, 4], [0, 32], [8, 0]],
+        [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]],
+        [[16, 0], [32, 0]],
+        [],
+        [64, 64],
+    )
+)
+
+
+@gluon.jit
+def _buffers(DTYPE: gl.constexpr, COUNT: gl.constexpr, D: gl.constexpr):
+    """Shared memory for `COUNT` blocks of 64 rows; without a tail, the head twice."""
+    head = gl.allocate_shared_memory(DTYPE, [COUNT, 64, 64], gl.NVMMASharedLayout(128, 16))
+    tail = gl.allocate_shared_memory(DTYPE, [COUNT, 64, 16], gl.NVMMASharedLayout(32, 16)) if D > 64 else head
+    return head, tail
+
+
+@gluon.jit
+def _load(base, first, stride: gl.constexpr, D: gl.constexpr):
+    """64 rows of a matrix [N, D] to registers, the tail padded with zeros."""
+    rows = first + gl.arange(0, 64, gl.SliceLayout(1, HEAD_AT))
     cols = gl.arange(0, 64, gl.SliceLayout(0, HEAD_AT))
-    o_values = gl.load(out + out_offset + rows[:, None] * OUT_ROW + cols[None, :])
-    lse2 = gl.load(lse + pair * N + gl.arange(0, N, gl.SliceLayout(1, S_AT))) * 1.4426950408889634
+    head = gl.load(base + rows[:, None] * stride + cols[None, :])
     if D > 64:
-        tail_rows = gl.arange(0, N, gl.SliceLayout(1, TAIL_AT))
-        tail_cols = 64 + gl.arange(0, 16, gl.SliceLayout(0, TAIL_AT))
-        pointers = out + out_offset + tail_rows[:, None] * OUT_ROW + tail_cols[None, :]
-        o_tail = gl.load(pointers, (tail_rows[:, None] >= 0) & (tail_cols[None, :] < D), 0.0)
-    async_copy.wait_group(BLOCKS)
-    delta = gl.sum(do_head.load(HEAD_AT).to(gl.float32) * o_values.to(gl.float32), 1)
-    delta = gl.convert_layout(delta, gl.SliceLayout(1, S_AT))
+        rows = first + gl.arange(0, 64, gl.SliceLayout(1, TAIL_AT))
+        cols = 64 + gl.arange(0, 16, gl.SliceLayout(0, TAIL_AT))
+        pointers, mask = base + rows[:, None] * stride + cols[None, :], (rows[:, None] >= 0) & (cols[None, :] < D)
+        tail = gl.load(pointers, mask, 0.0)
+    else:
+        tail = head
+    return head, tail
+
+
+@gluon.jit
+def _row_dot(a_head, a_tail, b_head, b_tail, D: gl.constexpr, AT: gl.constexpr):
+    """Σ over columns of a ∘ b in fp32, a and b as loaded by `_load`; one value a row."""
+    result = gl.sum(a_head.to(gl.float32) * b_head.to(gl.float32), 1)
     if D > 64:
-        tail_delta = gl.sum(do_tail.load(TAIL_AT).to(gl.float32) * o_tail.to(gl.float32), 1)
-        delta += gl.convert_layout(tail_delta, gl.SliceLayout(1, S_AT))
+        tail = gl.sum(a_tail.to(gl.float32) * b_tail.to(gl.float32), 1)
+        result += gl.convert_layout(tail, gl.SliceLayout(1, HEAD_AT), assert_trivial=True)
+    return gl.convert_layout(result, AT)
+
+
+@gluon.jit
+def _store_rows(base, head, tail, first, stride: gl.constexpr, D: gl.constexpr):
+    """Store 64 rows from the registers of products."""
+    rows = first + gl.arange(0, 64, gl.SliceLayout(1, STORE_AT))
+    cols = gl.arange(0, 64, gl.SliceLayout(0, STORE_AT))
+    value = gl.convert_layout(head.to(base.dtype.element_ty), STORE_AT)
+    gl.store(base + rows[:, None] * stride + cols[None, :], value)
+    if D > 64:
+        _write_tail(base, tail, first, stride, D, 64, T_AT)
+
+
+@gluon.jit
+def _store_first_row(base, tile, COLS: gl.constexpr, first: gl.constexpr, D: gl.constexpr, AT: gl.constexpr):
+    """Store the first row of a tile [64, COLS] as columns first … first + COLS of a vector [D]."""
+    rows = gl.arange(0, 64, gl.SliceLayout(1, AT))
+    cols = first + gl.arange(0, COLS, gl.SliceLayout(0, AT))
+    gl.store(base + rows[:, None] + cols[None, :], tile, (rows[:, None] == 0) & (cols[None, :] < D))
+
+
+@gluon.jit
+def _begin_add(weights, b_head, b_tail, head, tail, D: gl.constexpr):
+    """Begin (head, tail) + weights · b; the weights stay in the registers in which their product left them."""
+    in_head = gl.convert_layout(weights, gl.DotOperandLayout(0, S_AT, 2))
+    head = warpgroup_mma(in_head, b_head, head, is_async=True)
+    if D > 64:
+        in_tail = gl.convert_layout(weights, gl.DotOperandLayout(0, T_AT, 2))
+        tail = warpgroup_mma(in_tail, b_tail, tail, is_async=True)
+    return head, tail
+
+
+@gluon.jit
+def _zeros():
+    head = warpgroup_mma_init(gl.zeros([64, 64], gl.float32, S_AT))
+    return head, warpgroup_mma_init(gl.zeros([64, 16], gl.float32, T_AT))
+
+
+@gluon.jit
+def _wait(COUNT: gl.constexpr, head, tail, D: gl.constexpr):
+    """(head, tail) once all but the last `COUNT` products are done."""
+    if D > 64:
+        head, tail = warpgroup_mma_wait(COUNT, [head, tail])
+    else:
+        head = warpgroup_mma_wait(COUNT, [head])
+        tail = head
+    return head, tail
+
+
+@gluon.jit
+def _keys_program(
+    q, k, v, o, do, lse, dk, dv, k_sums, v_sums, scale,
+    ROW: gl.constexpr, OUT_ROW: gl.constexpr, BLOCKS: gl.constexpr, D: gl.constexpr,
+):  # fmt: skip
+    """dk and dv of a head. All queries stay in shared memory; keys pass by, 64 at a time. Scores are [keys, queries]."""
+    DTYPE: gl.constexpr = q.dtype.element_ty
+    PRODUCTS: gl.constexpr = 2 if D > 64 else 1  # an operand has a head and perhaps a tail
+    ROWS: gl.constexpr = gl.SliceLayout(1, HEAD_AT)
+    COLUMNS: gl.constexpr = gl.SliceLayout(0, S_AT)
+    q_head, q_tail = _buffers(DTYPE, BLOCKS, D)
+    do_head, do_tail = _buffers(DTYPE, BLOCKS, D)
+    kv_head, kv_tail = _buffers(DTYPE, 2, D)
+    VECTOR: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    lses = gl.allocate_shared_memory(gl.float32, [BLOCKS, 64], VECTOR)  # in units of log 2
+    deltas = gl.allocate_shared_memory(gl.float32, [BLOCKS, 64], VECTOR)  # Σ do ∘ out of every query
+    k_head, k_tail, v_head, v_tail = kv_head.index(0), kv_tail.index(0), kv_head.index(1), kv_tail.index(1)
+    _fetch(k_head, k_tail, k, 0, ROW, D, 64, 4)
+    _fetch(v_head, v_tail, v, 0, ROW, D, 64, 4)
+    for i in gl.static_range(BLOCKS):
+        _fetch(q_head.index(i), q_tail.index(i), q, i * 64, ROW, D, 64, 4)
+        _fetch(do_head.index(i), do_tail.index(i), do, i * 64, OUT_ROW, D, 64, 4)
+        async_copy.commit_group()
+    # rows of P add up to one, so those of dv add up to those of do; a product with ones makes that sum
+    sum_head, sum_tail = _zeros()
+    ones = gl.full([64, 64], 1.0, DTYPE, S_AT)
+    o_head, o_tail = _load(o, 0, OUT_ROW, D)
+    for i in gl.static_range(BLOCKS):
+        if i + 1 < BLOCKS:
+            next_head, next_tail = _load(o, (i + 1) * 64, OUT_ROW, D)
+        lses.index(i).store(gl.load(lse + i * 64 + gl.arange(0, 64, ROWS)) * 1.4426950408889634)
+        async_copy.wait_group(BLOCKS - 1 - i)
+        fence_async_shared()
+        sum_head, sum_tail = _begin_add(ones, do_head.index(i), do_tail.index(i), sum_head, sum_tail, D)
+        here_head = do_head.index(i).load(HEAD_AT)
+        here_tail = do_tail.index(i).load(TAIL_AT) if D > 64 else here_head
+        deltas.index(i).store(_row_dot(here_head, here_tail, o_head, o_tail, D, ROWS))
+        if i + 1 < BLOCKS:
+            o_head, o_tail = next_head, next_tail
+    sum_head, sum_tail = _wait(0, sum_head, sum_tail, D)
+    _store_first_row(v_sums, sum_head, 64, 0, D, S_AT)
+    _store_first_row(k_sums, gl.zeros([64, 64], gl.float32, S_AT), 64, 0, D, S_AT)
+    if D > 64:
+        _store_first_row(v_sums, sum_tail, 16, 64, D, T_AT)
+        _store_first_row(k_sums, gl.zeros([64, 16], gl.float32, T_AT), 16, 64, D, T_AT)
+    barrier()
 
     log2_scale = scale * 1.4426950408889634
-    dq_head = warpgroup_mma_init(gl.zeros([N, 64], gl.float32, S_AT))
-    dq_tail = warpgroup_mma_init(gl.zeros([N, 16], gl.float32, ST_AT))
-    PRODUCTS: gl.constexpr = 2 if D > 64 else 1  # an operand has a head and perhaps a tail
-    async_copy.wait_group(0)
-    for j in range(BLOCKS):
-        kj_head, kj_tail = k_head.index(j), k_tail.index(j)
-        scores = _scores(q_head, q_tail, kj_head, kj_tail, D, N, 64, S_AT)
-        d_weights = _scores(do_head, do_tail, v_head.index(j), v_tail.index(j), D, N, 64, S_AT)
-        scores = warpgroup_mma_wait(PRODUCTS, [scores])
-        weights = gl.exp2(scores * log2_scale - lse2[:, None])
-        p_tile.store(weights.to(DTYPE))
+    for block in range(BLOCKS):
+        async_copy.wait_group(0)
         fence_async_shared()
-        d_weights = warpgroup_mma_wait(0, [d_weights])
-        dv_head = gl.zeros([64, 64], gl.float32, K_AT)
-        dv_head = warpgroup_mma(p_tile.permute((1, 0)), do_head, dv_head, use_acc=False, is_async=True)
-        if D > 64:
-            dv_tail = gl.zeros([64, 16], gl.float32, KT_AT)
-            dv_tail = warpgroup_mma(p_tile.permute((1, 0)), do_tail, dv_tail, use_acc=False, is_async=True)
-        ds_tile.store((weights * (d_weights - delta[:, None])).to(DTYPE))
+        dv_head, dv_tail = _zeros()
+        dk_head, dk_tail = _zeros()
+        for j in range(BLOCKS):
+            qj_head, qj_tail, doj_head, doj_tail = q_head.index(j), q_tail.index(j), do_head.index(j), do_tail.index(j)
+            lse2, delta = lses.index(j).load(COLUMNS), deltas.index(j).load(COLUMNS)
+            scores = _scores(k_head, k_tail, qj_head, qj_tail, D, 64, 64, S_AT)
+            d_weights = _scores(v_head, v_tail, doj_head, doj_tail, D, 64, 64, S_AT)
+            scores = warpgroup_mma_wait(PRODUCTS, [scores])
+            weights = gl.exp2(scores * log2_scale - lse2[None, :])
+            dv_head, dv_tail = _begin_add(weights.to(DTYPE), doj_head, doj_tail, dv_head, dv_tail, D)
+            d_weights = warpgroup_mma_wait(PRODUCTS, [d_weights])
+            d_scores = (weights * (d_weights - delta[None, :])).to(DTYPE)
+            dk_head, dk_tail = _begin_add(d_scores, qj_head, qj_tail, dk_head, dk_tail, D)
+        barrier()  # all warps have used k and v
+        if block + 1 < BLOCKS:
+            _fetch(k_head, k_tail, k, (block + 1) * 64, ROW, D, 64, 4)
+            _fetch(v_head, v_tail, v, (block + 1) * 64, ROW, D, 64, 4)
+        async_copy.commit_group()
+        dv_head, dv_tail = _wait(PRODUCTS, dv_head, dv_tail, D)
+        _store_rows(dv, dv_head, dv_tail, block * 64, ROW, D)
+        dk_head, dk_tail = _wait(0, dk_head, dk_tail, D)
+        _store_rows(dk, dk_head * scale, dk_tail * scale, block * 64, ROW, D)
+
+
+@gluon.jit
+def _queries_program(
+    q, k, v, o, do, lse, dq, q_sums, scale,
+    ROW: gl.constexpr, OUT_ROW: gl.constexpr, BLOCKS: gl.constexpr, D: gl.constexpr,
+):  # fmt: skip
+    """dq of a head. All keys stay in shared memory; queries pass by, 64 at a time."""
+    DTYPE: gl.constexpr = q.dtype.element_ty
+    PRODUCTS: gl.constexpr = 2 if D > 64 else 1
+    ROWS: gl.constexpr = gl.SliceLayout(1, S_AT)
+    k_head, k_tail = _buffers(DTYPE, BLOCKS, D)
+    v_head, v_tail = _buffers(DTYPE, BLOCKS, D)
+    both_head, both_tail = _buffers(DTYPE, 2, D)
+    q_head, q_tail, do_head, do_tail = both_head.index(0), both_tail.index(0), both_head.index(1), both_tail.index(1)
+    _fetch(q_head, q_tail, q, 0, ROW, D, 64, 4)
+    _fetch(do_head, do_tail, do, 0, OUT_ROW, D, 64, 4)
+    for i in gl.static_range(BLOCKS):
+        _fetch(k_head.index(i), k_tail.index(i), k, i * 64, ROW, D, 64, 4)
+        _fetch(v_head.index(i), v_tail.index(i), v, i * 64, ROW, D, 64, 4)
+    async_copy.commit_group()
+    total_head = gl.zeros([64, 64], gl.float32, S_AT)
+    total_tail = gl.zeros([64, 16], gl.float32, T_AT)
+
+    log2_scale = scale * 1.4426950408889634
+    for block in range(BLOCKS):
+        o_head, o_tail = _load(o, block * 64, OUT_ROW, D)
+        lse2 = gl.load(lse + block * 64 + gl.arange(0, 64, ROWS)) * 1.4426950408889634
+        async_copy.wait_group(0)
         fence_async_shared()
-        dk_head = gl.zeros([64, 64], gl.float32, K_AT)
-        dk_head = warpgroup_mma(ds_tile.permute((1, 0)), q_head, dk_head, use_acc=False, is_async=True)
+        here_head = do_head.load(HEAD_AT)
+        here_tail = do_tail.load(TAIL_AT) if D > 64 else here_head
+        delta = _row_dot(here_head, here_tail, o_head, o_tail, D, ROWS)
+        dq_head, dq_tail = _zeros()
+        for j in range(BLOCKS):
+            kj_head, kj_tail = k_head.index(j), k_tail.index(j)
+            scores = _scores(q_head, q_tail, kj_head, kj_tail, D, 64, 64, S_AT)
+            d_weights = _scores(do_head, do_tail, v_head.index(j), v_tail.index(j), D, 64, 64, S_AT)
+            scores = warpgroup_mma_wait(PRODUCTS, [scores])
+            weights = gl.exp2(scores * log2_scale - lse2[:, None])
+            d_weights = warpgroup_mma_wait(0, [d_weights])
+            d_scores = (weights * (d_weights - delta[:, None])).to(DTYPE)
+            dq_head, dq_tail = _begin_add(d_scores, kj_head, kj_tail, dq_head, dq_tail, D)
+        barrier()  # all warps have used q and do
+        if block + 1 < BLOCKS:
+            _fetch(q_head, q_tail, q, (block + 1) * 64, ROW, D, 64, 4)
+            _fetch(do_head, do_tail, do, (block + 1) * 64, OUT_ROW, D, 64, 4)
+        async_copy.commit_group()
+        dq_head, dq_tail = _wait(0, dq_head, dq_tail, D)
+        total_head += dq_head
         if D > 64:
-            dk_tail = gl.zeros([64, 16], gl.float32, KT_AT)
-            dk_tail = warpgroup_mma(ds_tile.permute((1, 0)), q_tail, dk_tail, use_acc=False, is_async=True)
-        dq_head = warpgroup_mma(ds_tile, kj_head, dq_head, is_async=True)
-        if D > 64:
-            dq_tail = warpgroup_mma(ds_tile, kj_tail, dq_tail, is_async=True)
-        if D > 64:
-            dv_head, dv_tail = warpgroup_mma_wait(2 * PRODUCTS, [dv_head, dv_tail])
-            _write_tail(grad + 2 * H * D, dv_tail, j * 64, ROW, D, 64, KT_AT)
-        else:
-            dv_head = warpgroup_mma_wait(2 * PRODUCTS, [dv_head])
-        barrier()  # the other warps' dv is done too
-        p_tile.slice(0, 64).store(dv_head.to(DTYPE))
-        _write(grad + 2 * H * D, p_tile.slice(0, 64), j * 64, ROW, 64, WARPS)
-        if D > 64:
-            dk_head, dk_tail = warpgroup_mma_wait(PRODUCTS, [dk_head, dk_tail])
-            _write_tail(grad + H * D, dk_tail * scale, j * 64, ROW, D, 64, KT_AT)
-        else:
-            dk_head = warpgroup_mma_wait(PRODUCTS, [dk_head])
-        p_tile.slice(64, 64).store((dk_head * scale).to(DTYPE))
-        _write(grad + H * D, p_tile.slice(64, 64), j * 64, ROW, 64, WARPS)
+            total_tail += dq_tail
+        _store_rows(dq, dq_head * scale, dq_tail * scale, block * 64, ROW, D)
+    total = gl.sum(gl.convert_layout(total_head * scale, COLUMNS_AT), 0)
+    gl.store(q_sums + gl.arange(0, 64, gl.SliceLayout(0, COLUMNS_AT)), total)
     if D > 64:
-        dq_head, dq_tail = warpgroup_mma_wait(0, [dq_head, dq_tail])
-        _write_tail(grad, dq_tail * scale, 0, ROW, D, N, ST_AT)
+        cols = 64 + gl.arange(0, 16, gl.SliceLayout(0, T_AT))
+        gl.store(q_sums + cols, gl.sum(total_tail * scale, 0), cols < D)
+
+
+@gluon.jit
+def backward_kernel(
+    qkv, out, dout, lse, dqkv, sums, scale,
+    H: gl.constexpr, N: gl.constexpr, D: gl.constexpr,
+):  # fmt: skip
+    """Two programs of 4 warps a head of N tokens, one for dk and dv and one for dq; two share a multiprocessor."""
+    ROW: gl.constexpr = 3 * H * D
+    OUT_ROW: gl.constexpr = H * D
+    BLOCKS: gl.constexpr = N // 64
+    program = gl.program_id(0)
+    pair = (program // 2).to(gl.int64)
+    offset = (pair // H) * (N * ROW) + (pair % H) * D
+    out_offset = (pair // H) * (N * OUT_ROW) + (pair % H) * D
+    q, dq, o, do = qkv + offset, dqkv + offset, out + out_offset, dout + out_offset
+    k, v, dk, dv = q + H * D, q + 2 * H * D, dq + H * D, dq + 2 * H * D
+    q_sums = sums + (pair // H) * ROW + (pair % H) * D
+    if program % 2 == 0:
+        k_sums, v_sums = q_sums + H * D, q_sums + 2 * H * D
+        _keys_program(q, k, v, o, do, lse + pair * N, dk, dv, k_sums, v_sums, scale, ROW, OUT_ROW, BLOCKS, D)
     else:
-        dq_head = warpgroup_mma_wait(0, [dq_head])
-    barrier()
-    ds_tile.store((dq_head * scale).to(DTYPE))
-    _write(grad, ds_tile, 0, ROW, N, WARPS)
+        _queries_program(q, k, v, o, do, lse + pair * N, dq, q_sums, scale, ROW, OUT_ROW, BLOCKS, D)

@@ -101,6 +101,23 @@ def _row_dot(a_head, a_tail, b_head, b_tail, TAIL: tl.constexpr):
 
 
 @triton.jit
+def _store_sum(base, head, tail, HEAD: tl.constexpr, TAIL: tl.constexpr, D: tl.constexpr):
+    """Σ over rows in fp32, [D]."""
+    tl.store(base + tl.arange(0, HEAD), tl.sum(head.to(tl.float32), 0))
+    if TAIL > 0:
+        cols = HEAD + tl.arange(0, TAIL)
+        tl.store(base + cols, tl.sum(tail.to(tl.float32), 0), mask=cols < D)
+
+
+@triton.jit
+def _store_known_sums(sums, do_head, do_tail, HEAD: tl.constexpr, TAIL: tl.constexpr, D: tl.constexpr, H: tl.constexpr):
+    """Over all keys Σ dk = 0, since softmax ignores a shift of its row, and Σ dv = Σ do, since its rows add up to 1."""
+    zero_head, zero_tail = _zeros(16, HEAD, TAIL)
+    _store_sum(sums + H * D, zero_head, zero_tail, HEAD, TAIL, D)
+    _store_sum(sums + 2 * H * D, do_head, do_tail, HEAD, TAIL, D)
+
+
+@triton.jit
 def _load_lse(lse, pair, rows, N: tl.constexpr, EVEN: tl.constexpr):
     """lse in units of log 2; +inf past the end, so that the weights of absent queries vanish."""
     if EVEN:
@@ -173,7 +190,7 @@ def forward_kernel(
 
 @triton.jit
 def single_kernel(
-    qkv, out, dout, lse, dqkv, scale,
+    qkv, out, dout, lse, dqkv, sums, scale,
     H: tl.constexpr, N: tl.constexpr, D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -193,6 +210,8 @@ def single_kernel(
     o_head, o_tail = _load(out + out_offset, rows, H * D, N, HEAD, TAIL, D, EVEN_M)
     lse2 = _load_lse(lse, pair, rows, N, EVEN_M)
     delta = _row_dot(do_head, do_tail, o_head, o_tail, TAIL)
+    sums += (pair // H) * ROW + (pair % H) * D
+    _store_known_sums(sums, do_head, do_tail, HEAD, TAIL, D, H)
     dq_head, dq_tail = _zeros(BM, HEAD, TAIL)
 
     for start in tl.range(0, N, BN, num_stages=STAGES):
@@ -214,11 +233,12 @@ def single_kernel(
         dk_head, dk_tail = _add_product(tl.trans(d_scores), q_head, q_tail, dk_head, dk_tail, TAIL)
         _store(grad + H * D, dk_head, dk_tail, scale, columns, ROW, N, HEAD, TAIL, D, EVEN_N)
     _store(grad, dq_head, dq_tail, scale, rows, ROW, N, HEAD, TAIL, D, EVEN_M)
+    _store_sum(sums, dq_head * scale, dq_tail * scale, HEAD, TAIL, D)
 
 
 @triton.jit
 def queries_kernel(
-    qkv, out, dout, lse, delta, dqkv, scale,
+    qkv, out, dout, lse, delta, dqkv, sums, scale,
     H: tl.constexpr, N: tl.constexpr, D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -239,6 +259,8 @@ def queries_kernel(
     lse2 = _load_lse(lse, pair, rows, N, EVEN_M)
     row_delta = _row_dot(do_head, do_tail, o_head, o_tail, TAIL)
     tl.store(delta + pair * N + rows, row_delta, mask=rows < N)
+    sums += ((pair // H) * BLOCKS + tl.program_id(0) % BLOCKS) * ROW + (pair % H) * D
+    _store_known_sums(sums, do_head, do_tail, HEAD, TAIL, D, H)
     dq_head, dq_tail = _zeros(BM, HEAD, TAIL)
     for start in tl.range(0, N, BN, num_stages=STAGES):
         columns = start + tl.arange(0, BN)
@@ -252,6 +274,7 @@ def queries_kernel(
         d_scores = (weights * (d_weights - row_delta[:, None])).to(q_head.dtype)
         dq_head, dq_tail = _add_product(d_scores, k_head, k_tail, dq_head, dq_tail, TAIL)
     _store(dqkv + offset, dq_head, dq_tail, scale, rows, ROW, N, HEAD, TAIL, D, EVEN_M)
+    _store_sum(sums, dq_head * scale, dq_tail * scale, HEAD, TAIL, D)
 
 
 @triton.jit

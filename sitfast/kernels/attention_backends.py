@@ -4,7 +4,9 @@ A backend is a pair of functions on contiguous tensors that agree on what is sav
 the backward of another:
 
     forward(qkv [B, N, 3, H, d]) -> out [B, N, H, d], lse [B, H, N] (fp32, natural logarithm)
-    backward(dout, qkv, out, lse) -> dqkv [B, N, 3, H, d]
+    backward(dout, qkv, out, lse) -> dqkv [B, N, 3, H, d], rows [·, 3·H·d]
+
+The rows add up to the gradient of a bias of qkv: partial sums where a kernel has them at hand, else dqkv itself.
 
 "short" (Triton), "hopper" (Gluon) and FlashAttention-2 and -3 write the packed dqkv themselves; the others return dq,
 dk and dv, which one kernel packs. cuDNN and FlashAttention lay out as q is laid out, so `out` needs no copy.
@@ -31,7 +33,7 @@ class Backend:
     name: str
     missing: Callable[[int, int, torch.dtype], str | None]
     forward: Callable[[Tensor], tuple[Tensor, Tensor]]
-    backward: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    backward: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def heads_first(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -43,6 +45,20 @@ def heads_first(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def pack(grads: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     """[B, N, 3, H, d] of three [B, H, N, d]."""
     return torch.stack([grad.transpose(1, 2) for grad in grads], dim=2)
+
+
+def with_rows(dqkv: Tensor) -> tuple[Tensor, Tensor]:
+    """What a backward returns that has no partial sums."""
+    return dqkv, dqkv.flatten(2).flatten(0, 1)
+
+
+def sum_rows(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Σ over rows [·, 3·H·d] in fp32, as `dtype` [3·H·d]."""
+    if rows.is_cuda and importlib.util.find_spec("triton") is not None:
+        from sitfast.kernels.gelu import column_sums
+
+        return column_sums(rows, dtype)
+    return rows.sum(0, dtype=torch.promote_types(rows.dtype, torch.float32)).to(dtype)
 
 
 # -- our kernels -------------------------------------------------------------------------------------------------------
@@ -62,7 +78,7 @@ def _short_forward(qkv: Tensor) -> tuple[Tensor, Tensor]:
     return attention_short.forward(qkv)
 
 
-def _short_backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor) -> Tensor:
+def _short_backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     from sitfast.kernels import attention_short
 
     return attention_short.backward(dout, qkv, out, lse)
@@ -80,7 +96,7 @@ def _hopper_forward(qkv: Tensor) -> tuple[Tensor, Tensor]:
     return attention_hopper.forward(qkv)
 
 
-def _hopper_backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor) -> Tensor:
+def _hopper_backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     from sitfast.kernels import attention_hopper
 
     return attention_hopper.backward(dout, qkv, out, lse)
@@ -113,7 +129,7 @@ def _cudnn_lse_rank(device: torch.device) -> int:
     return aten._scaled_dot_product_cudnn_attention(probe, probe, probe, None, True)[1].ndim
 
 
-def _cudnn_backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor) -> Tensor:
+def _cudnn_backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     tokens = qkv.shape[1]
     lse = lse if _cudnn_lse_rank(qkv.device) == 3 else lse.unsqueeze(-1)
     unused = torch.empty((), dtype=torch.int64, device=qkv.device)  # dropout's seed and offset
@@ -121,7 +137,7 @@ def _cudnn_backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor) -> Tens
         dout.transpose(1, 2), *heads_first(qkv), out.transpose(1, 2), lse, unused, unused,
         None, None, None, tokens, tokens, 0.0, False,
     )  # fmt: skip
-    return pack(grads)
+    return with_rows(pack(grads))
 
 
 def _flash_forward(qkv: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,14 +145,14 @@ def _flash_forward(qkv: Tensor) -> tuple[Tensor, Tensor]:
     return out.transpose(1, 2).contiguous(), lse
 
 
-def _flash_backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor) -> Tensor:
+def _flash_backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     tokens = qkv.shape[1]
     unused = torch.empty(2, dtype=torch.uint64, device=qkv.device)  # dropout's random state
     grads = aten._scaled_dot_product_flash_attention_backward(
         dout.transpose(1, 2), *heads_first(qkv), out.transpose(1, 2), lse,
         None, None, tokens, tokens, 0.0, False, unused, unused,
     )  # fmt: skip
-    return pack(grads)
+    return with_rows(pack(grads))
 
 
 # -- FlashAttention packages, where installed --------------------------------------------------------------------------
@@ -161,12 +177,12 @@ def _flash2_forward(qkv: Tensor) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def _flash2_backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor) -> Tensor:
+def _flash2_backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     from flash_attn.flash_attn_interface import _flash_attn_backward
 
     dqkv, scale = torch.empty_like(qkv), qkv.shape[-1] ** -0.5
     _flash_attn_backward(dout, *qkv.unbind(2), out, lse, *dqkv.unbind(2), 0.0, scale, False, -1, -1, 0.0, None, False)
-    return dqkv
+    return with_rows(dqkv)
 
 
 def _flash3_forward(qkv: Tensor) -> tuple[Tensor, Tensor]:
@@ -176,13 +192,13 @@ def _flash3_forward(qkv: Tensor) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def _flash3_backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor) -> Tensor:
+def _flash3_backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     from flash_attn_interface import _flash_attn_backward
 
     dqkv = torch.empty_like(qkv)
     dq, dk, dv = dqkv.unbind(2)
     _flash_attn_backward(dout, *qkv.unbind(2), out, lse, dq=dq, dk=dk, dv=dv, softmax_scale=qkv.shape[-1] ** -0.5)
-    return dqkv
+    return with_rows(dqkv)
 
 
 def _flash4_forward(qkv: Tensor) -> tuple[Tensor, Tensor]:
@@ -192,11 +208,11 @@ def _flash4_forward(qkv: Tensor) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def _flash4_backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor) -> Tensor:
+def _flash4_backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     from flash_attn.cute.interface import _flash_attn_bwd
 
     grads = _flash_attn_bwd(*qkv.unbind(2), out, dout, lse, softmax_scale=qkv.shape[-1] ** -0.5)
-    return torch.stack(grads[:3], dim=2)
+    return with_rows(torch.stack(grads[:3], dim=2))
 
 
 BACKENDS = {

@@ -108,7 +108,7 @@ def missing(name: str, tokens: int, width: int, dtype: torch.dtype) -> str | Non
 def _run(backend: Backend, qkv: Tensor, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     torch.full_like(qkv, float("nan"))  # the allocator hands this memory to dqkv: what is not written shows
     out, lse = backend.forward(qkv)
-    return out, lse, backend.backward(dout, qkv, out, lse)
+    return out, lse, backend.backward(dout, qkv, out, lse)[0]
 
 
 def measure(device: torch.device, dtype: torch.dtype, tokens: int, width: int) -> Choice:

@@ -119,25 +119,27 @@ def forward(qkv: Tensor, launch: ForwardLaunch | None = None) -> tuple[Tensor, T
     return out, lse
 
 
-def backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, launch: BackwardLaunch | None = None) -> Tensor:
-    """dqkv [B, N, 3, H, d]; every operand contiguous."""
+def backward(
+    dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, launch: BackwardLaunch | None = None
+) -> tuple[Tensor, Tensor]:
+    """dqkv [B, N, 3, H, d] and partial sums of it over B and N, [·, 3·H·d] in fp32; every operand contiguous."""
     batch, tokens, _, heads, width = qkv.shape
     shape = (heads, tokens, width, *split_width(width))
     at = launch or backward_launch(tokens, width)
     dqkv = torch.empty_like(qkv)
-    scale, pairs = width**-0.5, batch * heads
+    scale, pairs, blocks = width**-0.5, batch * heads, _ceil_div(tokens, at.own)
+    sums = qkv.new_empty(batch * blocks, 3 * heads * width, dtype=torch.float32)
     if at.kind == "single":
         assert at.own >= tokens
         kernels.single_kernel[(pairs,)](
-            qkv, out, dout, lse, dqkv, scale, *shape, at.own, at.block, at.stages, num_warps=at.warps
+            qkv, out, dout, lse, dqkv, sums, scale, *shape, at.own, at.block, at.stages, num_warps=at.warps
         )
-        return dqkv
+        return dqkv, sums
     delta = torch.empty_like(lse)
-    grid = (pairs * _ceil_div(tokens, at.own),)
-    kernels.queries_kernel[grid](
-        qkv, out, dout, lse, delta, dqkv, scale, *shape, at.own, at.block, at.stages, num_warps=at.warps
+    kernels.queries_kernel[(pairs * blocks,)](
+        qkv, out, dout, lse, delta, dqkv, sums, scale, *shape, at.own, at.block, at.stages, num_warps=at.warps
     )
-    kernels.keys_kernel[grid](
+    kernels.keys_kernel[(pairs * blocks,)](
         qkv, dout, lse, delta, dqkv, scale, *shape, at.block, at.own, at.stages, num_warps=at.warps
     )
-    return dqkv
+    return dqkv, sums

@@ -31,6 +31,24 @@ def test_key_bias_has_no_gradient():
     assert grad[:, :, 1].sum(1).abs().max() < 1e-12
 
 
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_bias_gets_the_gradient_of_the_linear_layer_before(backend):
+    h, weight = torch.randn(2, 5, 12, dtype=torch.float64), torch.randn(3 * 12, 12, dtype=torch.float64)
+    bias = torch.randn(3 * 12, dtype=torch.float64, requires_grad=True)
+    dout = torch.randn(2, 5, 2, 6, dtype=torch.float64)
+    plain = formula((h @ weight.T + bias).view(2, 5, 3, 2, 6))
+    (expected,) = torch.autograd.grad(plain, bias, dout)
+
+    def attend(bias):
+        qkv = torch.nn.functional.linear(h, weight, bias.detach()).view(2, 5, 3, 2, 6)
+        return attention(qkv, bias=bias, backend=backend)
+
+    assert torch.allclose(attend(bias), plain, atol=1e-12)
+    assert torch.allclose(torch.autograd.grad(attend(bias), bias, dout)[0], expected, atol=1e-12)
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    assert torch.allclose(torch.autograd.grad(compiled(bias), bias, dout)[0], expected, atol=1e-12)
+
+
 def test_dtype_follows_autocast():
     qkv = torch.randn(1, 4, 3, 2, 8)
     assert attention(qkv.bfloat16()).dtype == torch.bfloat16
@@ -50,3 +68,8 @@ def test_dtype_follows_autocast():
 def test_bad_operands_are_named(qkv, message):
     with pytest.raises(ValueError, match=f"attention: {message}"):
         attention(qkv)
+
+
+def test_bad_bias_is_named():
+    with pytest.raises(ValueError, match=r"attention: bias has shape \(24,\), expected \(72,\)"):
+        attention(torch.zeros(2, 5, 3, 4, 6), bias=torch.zeros(24))

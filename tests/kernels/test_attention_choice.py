@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sitfast.kernels import attention, attention_choice
 from sitfast.kernels.attention import attention_op, describe
-from sitfast.kernels.attention_backends import BACKENDS, Backend
+from sitfast.kernels.attention_backends import BACKENDS, Backend, with_rows
 from sitfast.kernels.attention_choice import plain
 
 CPU = torch.device("cpu")
@@ -30,7 +30,7 @@ def backend(name, missing=None, out=1.0, dqkv=1.0, lse=0.0, fails=False, varies=
         result[0, 0] *= 1 + (1e-3 * next(runs) if varies else 0)
         if unwritten:
             result[1, 0, 2, 5, 3] = float("nan")  # in no head that is compared
-        return result.to(qkv.dtype)
+        return with_rows(result.to(qkv.dtype))
 
     return Backend(name, lambda *_: missing, forward, backward)
 
@@ -125,7 +125,7 @@ def test_autograd_adds_nothing_between_the_two_operators(monkeypatch):
     dout = torch.randn(2, 16, 2, 24)
     monkeypatch.setattr(attention_choice, "missing", lambda *_: None)
     with Log():
-        torch.autograd.grad(attention_op(qkv, "short")[0], qkv, dout)
+        torch.autograd.grad(attention_op(qkv, None, "short")[0], qkv, dout)
     work = [name for name in seen if not name.startswith(("aten.detach", "aten.view", "aten.alias"))]
     assert work == ["sitfast.attention.default", "sitfast.attention_backward.default"]
 
