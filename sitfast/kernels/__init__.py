@@ -10,5 +10,14 @@ from sitfast.kernels.gated_residual import gated_residual_layernorm_modulate
 from sitfast.kernels.layernorm_modulate import layernorm_modulate
 from sitfast.kernels.linear import linear
 from sitfast.kernels.mlp import mlp
+from sitfast.kernels.qk_norm_rope import qk_norm_rope
 
-__all__ = ["attention", "gated_residual_layernorm_modulate", "layernorm_modulate", "linear", "mlp", "use_reference"]
+__all__ = [
+    "attention",
+    "gated_residual_layernorm_modulate",
+    "layernorm_modulate",
+    "linear",
+    "mlp",
+    "qk_norm_rope",
+    "use_reference",
+]
