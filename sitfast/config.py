@@ -79,6 +79,8 @@ class ModelConfig(Section):
     mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
     class_dropout_prob: Share = 0.1  # share of labels replaced by the null class, for guidance
     num_classes: Positive = 1000
+    qk_norm: Literal["none", "rms", "layer"] = "none"  # of each head of q and k, with learned weights
+    rope: bool = False  # axial rotary embedding of q and k, beside the position embedding
     learn_sigma: bool = True  # twice the output channels, the second half unused (as published weights have it)
     init_from: str | None = None  # weights to start from: .safetensors, checkpoint folder, or official .pt
 

@@ -13,7 +13,7 @@ at random after that; `drop_labels` is the label dropout.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +21,17 @@ from torch import Tensor, nn
 
 from sitfast import philox
 from sitfast.errors import SitfastError
-from sitfast.kernels import attention, gated_residual_layernorm_modulate, layernorm_modulate, linear, mlp
+from sitfast.kernels import (
+    attention,
+    gated_residual_layernorm_modulate,
+    layernorm_modulate,
+    linear,
+    mlp,
+    qk_norm_rope,
+)
+from sitfast.kernels.qk_norm_rope import Norm, axial_angles
 
+Angles = tuple[Tensor, Tensor]  # cos and sin [N, d/2] of the rotary embedding
 Pending = tuple[Tensor, Tensor, Tensor]  # y [B, N, D], gate [B, D], bias [D]: gate · (y + bias) is still to be added
 
 FREQUENCY_DIM = 256  # width of the sinusoidal timestep embedding
@@ -75,18 +84,43 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(y)
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention of h [B, N, D], without the bias of its last layer, which is left pending."""
+class HeadNorm(nn.Module):
+    """The parameters of the norm of each head of q or of k, under timm's names; `qk_norm_rope` computes it."""
 
-    def __init__(self, hidden_size: int, num_heads: int) -> None:
+    EPS: ClassVar[dict[Norm, float]] = {"none": 0.0, "rms": 1e-6, "layer": 1e-5}
+
+    def __init__(self, kind: Norm, width: int) -> None:
+        super().__init__()
+        self.weight = None if kind == "none" else nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width)) if kind == "layer" else None
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention of h [B, N, D], without the bias of its last layer, which is left pending.
+
+    `qk_norm` normalizes each head of q and k, as timm's ("layer") and LightningDiT's ("rms") modules do. The gradient of
+    qkv's bias comes from the operation after the linear layer.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, qk_norm: Norm = "none") -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.qk_norm: Norm = qk_norm
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.q_norm, self.k_norm = (HeadNorm(qk_norm, hidden_size // num_heads) for _ in range(2))
         self.proj = nn.Linear(hidden_size, hidden_size)
 
-    def forward(self, h: Tensor) -> Tensor:
-        qkv = linear(h, self.qkv.weight, self.qkv.bias).unflatten(-1, (3, self.num_heads, -1))
-        return linear(attention(qkv).flatten(2), self.proj.weight)
+    def forward(self, h: Tensor, rope: Angles | None = None) -> Tensor:
+        qkv, bias = linear(h, self.qkv.weight, self.qkv.bias.detach()), self.qkv.bias
+        qkv = qkv.unflatten(-1, (3, self.num_heads, -1))
+        if self.qk_norm != "none" or rope is not None:
+            q, k = self.q_norm, self.k_norm
+            qkv = qk_norm_rope(
+                qkv, norm=self.qk_norm, q_weight=q.weight, k_weight=k.weight, q_bias=q.bias, k_bias=k.bias,
+                rope=rope, bias=bias, eps=HeadNorm.EPS[self.qk_norm],
+            )  # fmt: skip
+            bias = None
+        return linear(attention(qkv, bias=bias).flatten(2), self.proj.weight)
 
 
 class Mlp(nn.Module):
@@ -118,20 +152,22 @@ class Block(nn.Module):
     branch as pending: y [B, N, D], gate [B, D] and bias [D].
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, mlp_size: int) -> None:
+    def __init__(self, hidden_size: int, num_heads: int, mlp_size: int, qk_norm: Norm = "none") -> None:
         super().__init__()
-        self.attn = Attention(hidden_size, num_heads)
+        self.attn = Attention(hidden_size, num_heads, qk_norm)
         self.mlp = Mlp(hidden_size, mlp_size)
         self.adaLN_modulation = adaln_linear(hidden_size, 6)
 
-    def forward(self, x: Tensor, pending: Pending | None, c_silu: Tensor) -> tuple[Tensor, Pending]:
+    def forward(
+        self, x: Tensor, pending: Pending | None, c_silu: Tensor, rope: Angles | None = None
+    ) -> tuple[Tensor, Pending]:
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation(self.adaLN_modulation, c_silu, 6)
         if pending is None:
             h = layernorm_modulate(x, shift_msa, scale_msa)
         else:
             y, gate, bias = pending
             x, h = gated_residual_layernorm_modulate(x, y, gate, shift_msa, scale_msa, bias=bias)
-        y, bias = self.attn(h), self.attn.proj.bias
+        y, bias = self.attn(h, rope), self.attn.proj.bias
         x, h = gated_residual_layernorm_modulate(x, y, gate_msa, shift_mlp, scale_mlp, bias=bias)
         # A copy of the bias: the parameter itself belongs to this block, which may be sharded again when it returns.
         return x, (self.mlp(h), gate_mlp, self.mlp.fc2.bias.clone())
@@ -173,6 +209,8 @@ class SiT(nn.Module):
         class_dropout_prob: float = 0.1,
         num_classes: int = 1000,
         learn_sigma: bool = True,
+        qk_norm: Norm = "none",
+        rope: bool = False,
     ) -> None:
         super().__init__()
         self.config: dict[str, Any] = {
@@ -186,6 +224,8 @@ class SiT(nn.Module):
             "class_dropout_prob": class_dropout_prob,
             "num_classes": num_classes,
             "learn_sigma": learn_sigma,
+            "qk_norm": qk_norm,
+            "rope": rope,
         }
         _check_config(self.config)
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
@@ -197,19 +237,23 @@ class SiT(nn.Module):
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
         mlp_size = int(hidden_size * mlp_ratio)
-        self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mlp_size) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mlp_size, qk_norm) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
+        self._angles: dict[torch.device, Angles] = {}
         self.initialize_weights()
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
-        """Zero biases, modulations and output layer; N(0, 0.02) embedders of t and y; Xavier-uniform for the rest."""
+        """Zero biases, modulations and output layer; one for the weights of q_norm and k_norm; N(0, 0.02) embedders of t
+        and y; Xavier-uniform for the rest."""
         self.pos_embed.copy_(sincos_pos_embed(self.pos_embed.shape[-1], self.grid))
         for name, parameter in self.named_parameters():
             if name == "pos_embed":
                 continue
             if name.endswith("bias") or "adaLN_modulation" in name or name.startswith("final_layer"):
                 nn.init.zeros_(parameter)
+            elif ".q_norm." in name or ".k_norm." in name:
+                nn.init.ones_(parameter)
             elif name.startswith(("t_embedder", "y_embedder")):
                 nn.init.normal_(parameter, std=0.02)
             else:
@@ -221,9 +265,18 @@ class SiT(nn.Module):
         tokens = self.x_embedder(x) + self.pos_embed
         c_silu = F.silu(self.t_embedder(t) + self.y_embedder(y))
         pending = None
+        rope = self._rope(x.device) if self.config["rope"] else None
         for block in self.blocks:
-            tokens, pending = block(tokens, pending, c_silu)
+            tokens, pending = block(tokens, pending, c_silu, rope)
         return self._unpatchify(self.final_layer(tokens, pending, c_silu))
+
+    def _rope(self, device: torch.device) -> Angles:
+        """No buffers: the angles stay fp32 whatever the model is cast to, and weights of any grid fit."""
+        if device not in self._angles:
+            self._angles[device] = axial_angles(
+                self.grid, self.config["hidden_size"] // self.config["num_heads"], device
+            )
+        return self._angles[device]
 
     def _unpatchify(self, tokens: Tensor) -> Tensor:
         """Patches [B, N, p·p·C], channels fastest, to images [B, C, H, W]; here the unused sigma half is dropped."""
@@ -255,6 +308,8 @@ class DiT(SiT):
 
 
 def _check_config(config: dict[str, Any]) -> None:
+    if config["qk_norm"] not in HeadNorm.EPS:
+        raise SitfastError(f"qk_norm={config['qk_norm']!r} is unknown; choose one of {', '.join(HeadNorm.EPS)}")
     for name in ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes"):
         if config[name] < 1:
             raise SitfastError(f"{name}={config[name]} is not positive; use 1 or more")
@@ -268,6 +323,8 @@ def _check_config(config: dict[str, Any]) -> None:
         raise SitfastError(f"hidden_size={width} is not divisible by 4 (position embedding); try {near} or {near + 4}")
     if width % heads:
         raise SitfastError(f"hidden_size={width} is not divisible by num_heads={heads}; change one of them")
+    if config["rope"] and width // heads % 4:
+        raise SitfastError(f"rope=true needs heads of a width divisible by 4, not {width // heads}; change num_heads")
     if size % patch:
         near = max(size // patch * patch, patch)
         raise SitfastError(f"input_size={size} is not divisible by patch_size={patch}; try {near} or {near + patch}")

@@ -92,7 +92,11 @@ def _own_attention(attn: Any, h: Tensor) -> Tensor:
 
 
 def _packed_attention(attn: Any, h: Tensor) -> Tensor:
-    return attn.proj(attention(attn.qkv(h).unflatten(-1, (3, attn.num_heads, -1))).flatten(2))
+    linear, bias = attn.qkv, None
+    if type(linear) is nn.Linear and linear.bias is not None and not _hooked(linear):
+        bias = linear.bias  # gets its gradient from the attention
+    qkv = linear(h) if bias is None else F.linear(h, linear.weight, bias.detach())
+    return attn.proj(attention(qkv.unflatten(-1, (3, attn.num_heads, -1)), bias=bias).flatten(2))
 
 
 def _block(self: Any, attend: Callable[[Any, Tensor], Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

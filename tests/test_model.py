@@ -3,7 +3,8 @@ from importlib import import_module
 
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from sitfast import philox
 from sitfast.errors import SitfastError
@@ -422,3 +423,44 @@ def test_label_drop_share_and_independence_of_the_batch():
     assert not torch.equal(drop_labels(y, index, prob=0.1, null=1000, seed=8), dropped)
     assert torch.equal(drop_labels(y, index, prob=0.0, null=1000, seed=7), y)
     assert (drop_labels(y, index, prob=1.0, null=1000, seed=7) == 1000).all()
+
+
+@pytest.mark.parametrize("qk_norm", ["rms", "layer"])
+def test_normalized_and_rotated_heads(qk_norm):
+    """Keys as timm and LightningDiT have them; the whole model against its formula, module by module."""
+    model = SiT(input_size=8, hidden_size=32, depth=1, num_heads=4, num_classes=3, qk_norm=qk_norm, rope=True).double()
+    keys = [key.removeprefix("blocks.0.attn.") for key in model.state_dict() if ".attn." in key]
+    norms = [f"{name}.{key}" for name in ("q_norm", "k_norm") for key in ("weight", "bias")[: 1 + (qk_norm == "layer")]]
+    assert keys == ["qkv.weight", "qkv.bias", *norms, "proj.weight", "proj.bias"]
+    attn = model.blocks[0].attn
+    assert torch.equal(attn.q_norm.weight, torch.ones(8, dtype=torch.float64))
+    for parameter in attn.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    h = torch.randn(2, 16, 32, dtype=torch.float64)
+
+    q, k, v = attn.qkv(h).view(2, 16, 3, 4, 8).permute(2, 0, 3, 1, 4)
+    if qk_norm == "rms":
+        q, k = F.rms_norm(q, (8,), attn.q_norm.weight, 1e-6), F.rms_norm(k, (8,), attn.k_norm.weight, 1e-6)
+    else:
+        q, k = (F.layer_norm(x, (8,), norm.weight, norm.bias) for x, norm in ((q, attn.q_norm), (k, attn.k_norm)))
+    turns = torch.tensor([1.0, 0.01], dtype=torch.float64)  # 10000^(−2i/4), i = 0, 1
+    at = torch.arange(4, dtype=torch.float64)[:, None] * turns
+    angles = torch.cat((at.repeat_interleave(4, 0), at.repeat(4, 1)), 1)  # rows, then columns
+    q, k = (torch.view_as_complex(x.unflatten(-1, (4, 2)).contiguous()) for x in (q, k))
+    q, k = (torch.view_as_real(x * torch.polar(torch.ones_like(angles), angles)).flatten(-2) for x in (q, k))
+    out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    expected = F.linear(out, attn.proj.weight)
+    got = attn(h, model._rope(h.device))
+    assert torch.allclose(got, expected, atol=1e-6)  # the angles are rounded to fp32
+    leaves = list(attn.parameters())[:-1]
+    for a, b in zip(torch.autograd.grad(got.sum(), leaves), torch.autograd.grad(expected.sum(), leaves), strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+    x, t, y = torch.randn(2, 4, 8, 8, dtype=torch.float64), torch.rand(2), torch.tensor([0, 2])
+    assert model(x, t, y).shape == x.shape
+
+
+def test_settings_of_heads_are_checked():
+    with pytest.raises(SitfastError, match="qk_norm='batch' is unknown; choose one of none, rms, layer"):
+        SiT(input_size=8, hidden_size=32, depth=1, num_heads=4, qk_norm="batch")
+    with pytest.raises(SitfastError, match="rope=true needs heads of a width divisible by 4, not 2"):
+        SiT(input_size=8, hidden_size=32, depth=1, num_heads=16, rope=True)
