@@ -3,7 +3,8 @@
 The choice is made once a process for each device, dtype, N and d, on the first call. Every backend that is installed
 runs a problem of `TIMED_ROWS` tokens × heads and must
 
-    be right    out, lse and dqkv of a few heads against fp64, no further off than twice the plain formula is
+    be right    out, lse and dqkv of a few heads against fp64, no further off than twice the plain formula is, and the
+                gradient of qkv's bias against the sum of dqkv
     repeat      give the same bits twice; one that does not (cuDNN and FlashAttention add dq up in the order in which
                 programs finish) runs only where none that repeats is left
     be fast     times include what a backend costs around its kernel, as packing dq, dk and dv
@@ -84,6 +85,17 @@ def fault(result: tuple[Tensor, Tensor, Tensor], qkv: Tensor, dout: Tensor) -> s
     return None if out.isfinite().all() and dqkv.isfinite().all() else "some results are not finite"
 
 
+def rows_fault(rows: Tensor, dqkv: Tensor) -> str | None:
+    """Why the rows of a backend do not add up to the sum of its dqkv over B and N, or None.
+
+    The roundings of dqkv add up like the square root of their number: four times that, for the largest value.
+    """
+    batch, tokens = dqkv.shape[:2]
+    error = (rows.sum(0, dtype=torch.float64) - dqkv.sum((0, 1), dtype=torch.float64).flatten()).abs().max().item()
+    bound = 4 * torch.finfo(dqkv.dtype).eps * (batch * tokens) ** 0.5 * dqkv.abs().max().item()
+    return None if error <= bound else f"the gradient of qkv's bias is wrong by {error:.2g}, more than {bound:.2g}"
+
+
 def time_ms(function: Callable[[], object], calls: int = 5, repeats: int = 3) -> float:
     """CUDA-event time of a call, the median of `repeats` runs of `calls`, queued while the device is kept busy."""
     function()
@@ -105,10 +117,11 @@ def missing(name: str, tokens: int, width: int, dtype: torch.dtype) -> str | Non
     return BACKENDS[name].missing(tokens, width, dtype)
 
 
-def _run(backend: Backend, qkv: Tensor, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _run(backend: Backend, qkv: Tensor, dout: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(out, lse, dqkv, rows)"""
     torch.full_like(qkv, float("nan"))  # the allocator hands this memory to dqkv: what is not written shows
     out, lse = backend.forward(qkv)
-    return out, lse, backend.backward(dout, qkv, out, lse)[0]
+    return out, lse, *backend.backward(dout, qkv, out, lse)
 
 
 def measure(device: torch.device, dtype: torch.dtype, tokens: int, width: int) -> Choice:
@@ -124,8 +137,8 @@ def measure(device: torch.device, dtype: torch.dtype, tokens: int, width: int) -
         try:
             reason = missing(name, tokens, width, dtype)
             if reason is None:
-                out, lse, dqkv = result = _run(backend, qkv, dout)
-                reason = fault(result, qkv, dout)
+                out, lse, dqkv, rows = _run(backend, qkv, dout)
+                reason = fault((out, lse, dqkv), qkv, dout) or rows_fault(rows, dqkv)
             if reason is None:
                 if not all(torch.equal(x, y) for x, y in zip((out, dqkv), _run(backend, qkv, dout)[::2], strict=True)):
                     varying.append(name)

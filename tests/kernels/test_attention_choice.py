@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 HEADS = 32, 24, torch.bfloat16, CPU  # N, d, dtype, device
 
 
-def backend(name, missing=None, out=1.0, dqkv=1.0, lse=0.0, fails=False, varies=False, unwritten=False):
+def backend(name, missing=None, out=1.0, dqkv=1.0, lse=0.0, fails=False, varies=False, unwritten=False, rows=1.0):
     """The plain formula in fp64, scaled or shifted to be wrong."""
     runs = itertools.count()
 
@@ -30,7 +30,8 @@ def backend(name, missing=None, out=1.0, dqkv=1.0, lse=0.0, fails=False, varies=
         result[0, 0] *= 1 + (1e-3 * next(runs) if varies else 0)
         if unwritten:
             result[1, 0, 2, 5, 3] = float("nan")  # in no head that is compared
-        return with_rows(result.to(qkv.dtype))
+        result = result.to(qkv.dtype)
+        return result, with_rows(result)[1].float() * rows
 
     return Backend(name, lambda *_: missing, forward, backward)
 
@@ -66,6 +67,7 @@ def test_fastest_forward_and_fastest_backward_win(contest):
         ({"dqkv": 1.1}, "dq is wrong by"),
         ({"dqkv": float("nan")}, "dq is wrong by nan"),
         ({"lse": 0.01}, "lse is wrong by 0.01"),
+        ({"rows": 0.0}, "the gradient of qkv's bias is wrong by"),
         ({"unwritten": True}, "some results are not finite"),
         ({"fails": True}, "RuntimeError: no kernel image"),
         ({"missing": "not installed"}, "not installed"),
