@@ -107,6 +107,7 @@ class TrainConfig(Section):
     accumulate: Positive = 1  # micro-batches a step
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "bf16"
     compile: bool | None = None  # torch.compile of each block; null means on GPUs
+    mlp_save: Literal["preact", "both"] = "preact"  # "both" keeps the GELU's output too: faster, for more memory
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
@@ -190,6 +191,7 @@ _FREE = (
     "vae.batch_size",
     "train.accumulate",
     "train.compile",
+    "train.mlp_save",
     "train.device",
     "parallel",
     "checkpoint",

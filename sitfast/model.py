@@ -29,6 +29,7 @@ from sitfast.kernels import (
     mlp,
     qk_norm_rope,
 )
+from sitfast.kernels.mlp import Save
 from sitfast.kernels.qk_norm_rope import Norm, axial_angles
 
 Angles = tuple[Tensor, Tensor]  # cos and sin [N, d/2] of the rotary embedding
@@ -124,7 +125,12 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Feed-forward branch of h [B, N, D], without the bias of its last layer, which is left pending."""
+    """Feed-forward branch of h [B, N, D], without the bias of its last layer, which is left pending.
+
+    `save` is what backward keeps, see `mlp`; it may be set at any time.
+    """
+
+    save: Save = "preact"
 
     def __init__(self, hidden_size: int, mlp_size: int) -> None:
         super().__init__()
@@ -132,7 +138,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(mlp_size, hidden_size)
 
     def forward(self, h: Tensor) -> Tensor:
-        return mlp(h, self.fc1.weight, self.fc1.bias, self.fc2.weight)
+        return mlp(h, self.fc1.weight, self.fc1.bias, self.fc2.weight, save=self.save)
 
 
 def adaln_linear(hidden_size: int, num_chunks: int) -> nn.Sequential:

@@ -30,6 +30,7 @@ from sitfast.kernels.attention import describe as describe_attention
 from sitfast.kernels.mlp import describe as describe_mlp
 from sitfast.loss import interpolant_loss
 from sitfast.model import (
+    Mlp,
     build_model,
     count_parameters,
     drop_labels,
@@ -81,6 +82,9 @@ class Trainer:
         _check_patches(cfg, self.vae.downsample)
         torch.manual_seed(cfg.seed)  # the initial weights; nothing else draws from the global generator
         self.model = build_model(**self.model_kwargs).to(self.device)
+        for module in self.model.modules():
+            if isinstance(module, Mlp):
+                module.save = cfg.train.mlp_save
         if cfg.model.init_from:
             weights = checkpoint.find_weights(cfg.model.init_from)
             if "pos_embed" in weights:  # weights of another resolution differ in this alone

@@ -14,6 +14,7 @@ import sitfast.trainer
 from sitfast import checkpoint
 from sitfast import train as train_command
 from sitfast.errors import SitfastError
+from sitfast.kernels import mlp
 from tests.conftest import assert_equal, command, losses, tensors, train
 
 KILLED = """
@@ -145,6 +146,13 @@ def test_a_nan_can_be_skipped_and_is_counted(tiny, tmp_path, monkeypatch):
 def test_mixed_precision_trains(tiny, precision):
     trainer = train(*tiny, f"train.precision={precision}", "train.steps=3")
     assert trainer.step == 3 and trainer.model.blocks[0].attn.qkv.weight.dtype == torch.float32
+
+
+def test_mlp_save_reaches_every_block(tiny, monkeypatch):
+    asked = []
+    monkeypatch.setattr("sitfast.model.mlp", lambda *values, save: asked.append(save) or mlp(*values, save=save))
+    train(*tiny, "train.steps=1", "train.mlp_save=both")
+    assert asked == ["both"] * 2
 
 
 def test_compiled_and_checkpointed_blocks_give_the_same_run(tiny, tmp_path, monkeypatch):
