@@ -382,10 +382,13 @@ class Trainer:
         """What the operations of a block run, and why."""
         if self.device.type == "cpu":
             return "PyTorch: there are none of our own for the CPU"
-        width, dtype = self.model.config["hidden_size"], AUTOCAST[self.cfg.train.precision] or torch.float32
+        cfg, width = self.cfg, self.model.config["hidden_size"]
+        dtype = AUTOCAST[cfg.train.precision] or torch.float32
+        rows = cfg.data.batch_size // self.world.size // cfg.train.accumulate * self.model.grid**2
+        feed_forward = describe_mlp(rows, width, int(width * self.model.config["mlp_ratio"]), dtype, self.device)
         head = width // self.model.config["num_heads"]
         attention = describe_attention(self.model.grid**2, head, dtype, self.device)
-        return f"layer norm and residual: Triton; feed-forward: {describe_mlp(width, dtype)}; attention: {attention}"
+        return f"layer norm and residual: Triton; feed-forward: {feed_forward}; attention: {attention}"
 
 
 def _check_patches(cfg: Config, downsample: int) -> None:

@@ -54,19 +54,19 @@ _SIGMOID_PTX = f"""
     add.f32 x, x, {_hex(1.0)};
     rcp.approx.ftz.f32 s, x;
 """
-_GELU_PTX = tl.constexpr("{" + _SIGMOID_PTX.replace("U", "$1") + "mul.f32 $0, $1, s; }")
+GELU_PTX = tl.constexpr("{" + _SIGMOID_PTX.replace("U", "$1") + "mul.f32 $0, $1, s; }")
 DGELU_PTX = tl.constexpr(
     "{"
     + _SIGMOID_PTX.replace("U", "$3")
     + f"""
-    .reg .f32 t;
-    neg.f32 t, s;
-    fma.rn.f32 t, t, s, s;
+    .reg .f32 a, t;
+    mul.f32 a, $3, s;
+    neg.f32 t, a;
+    fma.rn.f32 t, t, s, a;
     fma.rn.f32 q, q, {_hex(INNER_2.value)}, {_hex(INNER_0.value)};
-    mul.f32 q, q, $3;
     fma.rn.f32 t, t, q, s;
     mul.f32 $0, $2, t;
-    mul.f32 $1, $3, s;
+    mov.f32 $1, a;
 }}"""
 )
 
@@ -89,7 +89,7 @@ LAUNCH = Launch(block=8192, rows=16, columns=256, warps=4, chunk=256)
 def gelu_of(u):
     """gelu(u) for fp32 u; the power of two overflows to inf in the negative tail, where u / inf is the right answer."""
     if ON_GPU:
-        return tl.inline_asm_elementwise(_GELU_PTX, "=f,f", [u], dtype=tl.float32, is_pure=True, pack=1)
+        return tl.inline_asm_elementwise(GELU_PTX, "=f,f", [u], dtype=tl.float32, is_pure=True, pack=1)
     else:
         return u / (tl.exp2(u * (u * u * EXPONENT_3 + EXPONENT_1)) + 1.0)
 
@@ -103,7 +103,8 @@ def dgelu_of(da, u):
         )
     else:
         s = 1.0 / (tl.exp2(u * (u * u * EXPONENT_3 + EXPONENT_1)) + 1.0)
-        return da * ((s - s * s) * (u * (u * u * INNER_2 + INNER_0)) + s), u * s
+        a = u * s
+        return da * ((a - a * s) * (u * u * INNER_2 + INNER_0) + s), a
 
 
 @triton.jit

@@ -10,11 +10,11 @@ Backward needs x and the pre-activation u = x w1ᵀ + b1; a = gelu(u) is kept to
 
 What is between the GEMMs rides on them where a fused GEMM exists and measured faster than cuBLAS's and a pass of its own:
 
-    forward    cublaslt: GELU_AUX_BIAS writes u and a · pointwise: a pass over u
+    forward    gluon; cublaslt: GELU_AUX_BIAS; each one GEMM that writes u and a · pointwise: a pass over u
     backward   gluon, triton: one GEMM makes du, db1 and, where it was not kept, a · pointwise: a pass over da and u
 
-One H100, bf16, 32768 x 1152 x 4608, in ms with the GEMM's own 0.47: forward cublaslt 0.575, pointwise 0.679; backward
-with a gluon 0.759, triton 0.788, pointwise 0.909. docs/kernels.md has the rest.
+One H100, bf16, 32768 x 1152 x 4608, in ms with the GEMM's own 0.47: forward gluon 0.55, cublaslt 0.577, pointwise 0.679;
+backward with a gluon 0.62, triton 0.788, pointwise 0.909. docs/kernels.md has the rest.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ NAME = "mlp"
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 Save = Literal["preact", "both"]
-Forward = Literal["cublaslt", "pointwise"]
+Forward = Literal["gluon", "cublaslt", "pointwise"]
 Backward = Literal["gluon", "triton", "pointwise"]
 
 # Up to this width the reference runs on GPUs too, since torch.compile makes it faster than the kernels: one H100, bf16,
@@ -49,6 +49,10 @@ def reference(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor | None, 
 
 def choose_forward(x: Tensor, w1: Tensor) -> Forward:
     """What makes u and a of contiguous x [M, D] and w1 [H, D]."""
+    from sitfast.kernels import gemm_gelu
+
+    if gemm_gelu.supports(x, w1) and w1.shape[0] % 8 == 0 and gemm_gelu.gluon_works(x.device, x.dtype):
+        return "gluon"
     return "cublaslt" if cublaslt.works(x, w1) else "pointwise"
 
 
@@ -58,12 +62,16 @@ def choose_backward(dy: Tensor, w2: Tensor, u: Tensor) -> Backward:
 
     if not gemm_gelu.supports(dy, w2, u):
         return "pointwise"
-    return "gluon" if gemm_gelu.has_gluon() else "triton"
+    return "gluon" if gemm_gelu.gluon_works(u.device, u.dtype) else "triton"
 
 
 def forward(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor | None, how: Forward) -> tuple[Tensor, ...]:
     """(y [M, D], u [M, H], a [M, H]) of contiguous operands."""
-    if how == "cublaslt":
+    if how == "gluon":
+        from sitfast.kernels._gemm_gluon import gemm_gelu
+
+        u, a = gemm_gelu(x, w1, b1)
+    elif how == "cublaslt":
         u, a = cublaslt.gelu_aux_bias(x, w1, b1)
     else:
         from sitfast.kernels.gelu import gelu
@@ -214,7 +222,11 @@ def _why_reference(width: int, dtype: torch.dtype) -> str | None:
     return "the kernels have not been shown to win in fp32" if dtype == torch.float32 else None
 
 
-def describe(width: int, dtype: torch.dtype) -> str:
-    """One line for the start-up table: what `mlp` runs on a GPU for rows of `width`, and why."""
-    reason = _why_reference(width, dtype)
-    return f"PyTorch ({reason})" if reason else "fused"
+def describe(rows: int, width: int, hidden: int, dtype: torch.dtype, device: torch.device) -> str:
+    """One line for the start-up table: what `mlp` runs on a GPU for `rows` of `width`, and why."""
+    if reason := _why_reference(width, dtype):
+        return f"PyTorch ({reason})"
+    x, w1, u = (
+        torch.empty(shape, dtype=dtype, device=device) for shape in ((rows, width), (hidden, width), (rows, hidden))
+    )
+    return f"forward {choose_forward(x, w1)}, backward {choose_backward(x, w1.view(width, hidden), u)}"

@@ -32,7 +32,8 @@ def job(
 
 
 def compile_ahead(*jobs: Job, capabilities: tuple[int, ...] = CAPABILITIES) -> list[dict[str, Any]]:
-    """For each job and capability: kernel, capability, size of the binary, shared memory, number of layout conversions."""
+    """For each job and capability: kernel, capability, size of the binary, shared memory, number of layout conversions;
+    of Gluon kernels also of waits for a tensor core product (one after each if ptxas serialised them) and of spills."""
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     command = [sys.executable, "-m", "tests.kernels.aot"]
     work = json.dumps({"jobs": jobs, "capabilities": capabilities})
@@ -63,12 +64,15 @@ def _compile(one: Job, capability: int) -> dict[str, Any]:
     source = kind(kernel, types, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
     binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=one["options"])
     assert f"sm_{capability}" in binary.asm["ptx"]
+    assembly = binary.asm["sass"] if kernel.is_gluon() else ""
     return {
         "kernel": one["kernel"],
         "capability": capability,
         "bytes": len(binary.asm["cubin"]),
         "shared": binary.metadata.shared,
         "layout_conversions": binary.asm["ttgir"].count("ttg.convert_layout"),
+        "product_waits": assembly.count("WARPGROUP.DEPBAR"),
+        "spills": assembly.count("STL"),
     }
 
 

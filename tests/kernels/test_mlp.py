@@ -277,39 +277,51 @@ def test_pointwise_kernels_compile_ahead_of_time():
 
 
 @pytest.mark.parametrize("with_a", [False, True])
-def test_gemm_kernels_compile_ahead_of_time(with_a):
-    """They run on Hopper, where two copies of the epilogue or a spilled accumulator would cost what the fusion gains."""
-    from sitfast.kernels import _gemm_gluon as in_gluon
+def test_gemm_kernel_compiles_ahead_of_time(with_a):
+    """It runs on Hopper, where two copies of the epilogue or a spilled accumulator would cost what the fusion gains."""
     from sitfast.kernels.gemm_gelu import LAUNCH
 
     numbers = dict.fromkeys(("rows", "hidden", "width", "programs"), "i32") | {"partial_ptr": "*fp32"}
 
-    def descriptors(operand, weight, part, layout):
-        shapes = {"dy_desc": operand, "w_desc": weight} | dict.fromkeys(("u_desc", "a_desc", "du_desc"), part)
-        return {name: f"tensordesc<bf16[{rows},{columns}]{layout}>" for name, (rows, columns) in shapes.items()}
-
+    shapes = {"dy_desc": (LAUNCH.rows, LAUNCH.depth), "w_desc": (LAUNCH.depth, LAUNCH.columns)}
+    shapes |= dict.fromkeys(("u_desc", "a_desc", "du_desc"), (LAUNCH.rows, LAUNCH.columns // 2))
+    types = numbers | {name: f"tensordesc<bf16[{rows},{columns}]>" for name, (rows, columns) in shapes.items()}
     sizes = {"ROWS": LAUNCH.rows, "COLUMNS": LAUNCH.columns, "DEPTH": LAUNCH.depth, "GROUP": LAUNCH.group}
-    operand, weight = (LAUNCH.rows, LAUNCH.depth), (LAUNCH.depth, LAUNCH.columns)
-    types = numbers | descriptors(operand, weight, (LAUNCH.rows, LAUNCH.columns // 2), "")
-    triton_job = job("sitfast.kernels.gemm_gelu:dgelu_kernel", LAUNCH.warps, stages=LAUNCH.stages, types=types,
-                     WITH_A=with_a, **sizes)  # fmt: skip
+    one = job("sitfast.kernels.gemm_gelu:dgelu_kernel", LAUNCH.warps, stages=LAUNCH.stages, types=types,
+              WITH_A=with_a, **sizes)  # fmt: skip
+    (result,) = compile_ahead(one, capabilities=(90,))
+    assert result["shared"] <= 227 << 10
+    assert result["layout_conversions"] <= 4  # those of the sums, one a part; none of a tile
 
-    sizes = {name: getattr(in_gluon, name) for name in ("BM", "BN", "BK", "PART", "STAGES", "GROUP")}
-    # what `get_default_for` gives to blocks of 64 or more columns of 16 bits
-    layout = ",NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)"
-    operand, weight, part = ((sizes[m], sizes[n]) for m, n in (("BM", "BK"), ("BK", "BN"), ("BM", "PART")))
-    types = numbers | descriptors(operand, weight, part, layout)
-    gluon_job = job("sitfast.kernels._gemm_gluon:dgelu_kernel", in_gluon.WARPS, types=types, WITH_A=with_a, **sizes)
 
-    for result in compile_ahead(triton_job, gluon_job, capabilities=(90,)):
+def test_gluon_kernel_compiles_ahead_of_time():
+    """Products that ptxas serialises would make it wait, after every one, for what the stages are there to overlap."""
+    from sitfast.kernels import _gemm_gluon as in_gluon
+
+    layout = "NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)"
+    numbers = dict.fromkeys(("rows", "hidden_8", "width", "programs"), "i32") | {"partial_ptr": "*fp32"}
+    constants = {name: getattr(in_gluon, name) for name in ("STAGES", "PART", "AHEAD", "GROUP")}
+    x, (depth, columns) = (in_gluon.BM, in_gluon.BK), (in_gluon.BK, in_gluon.BN)
+
+    def ahead(forward, with_a, dtype="bf16"):
+        w = (columns, depth) if forward else (depth, columns)
+        registers = in_gluon.FORWARD_REGISTERS if forward else in_gluon.BACKWARD_REGISTERS
+        types = {name: f"tensordesc<{dtype}[{m},{n}],{layout}>" for name, (m, n) in (("x_desc", x), ("w_desc", w))}
+        return job("sitfast.kernels._gemm_gluon:gemm_gelu_kernel", 4, pointer=f"*{dtype}", types=numbers | types,
+                   FORWARD=forward, WITH_A=with_a, REGISTERS=registers, **constants)  # fmt: skip
+
+    jobs = [ahead(True, True), ahead(False, True), ahead(False, False), ahead(False, True, "fp16")]
+    for result in compile_ahead(*jobs, capabilities=(90,)):
         assert result["shared"] <= 227 << 10
-        assert result["layout_conversions"] <= 4  # those of the sums, one a part; none of a tile
+        assert result["product_waits"] == 4  # one in the loop and one behind it, for each of two groups of warps
+        assert result["spills"] <= 32  # what stays the same in the loops; an accumulator has 128
 
 
 def test_gluon_serves_the_versions_it_was_tried_with(monkeypatch):
     from sitfast.kernels import gemm_gelu
 
     monkeypatch.setattr(gemm_gelu, "supports", lambda *_: True)
+    monkeypatch.setattr(gemm_gelu, "_verdicts", {(operands()[0].device, torch.float32): True})
     chosen = {}
     for version in ("3.5.1", "3.6.0", "3.7.1+git0", "3.70.0"):
         monkeypatch.setattr(gemm_gelu.triton, "__version__", version)
@@ -334,7 +346,8 @@ def test_narrow_layers_and_fp32_run_the_reference(width, dtype, expected, monkey
     monkeypatch.setattr(implementation, "reference", lambda *_: "reference")
     monkeypatch.setattr(implementation, "fused", lambda *_: "kernels")
     assert mlp(*operands(width, 24, (1,), dtype)) == expected
-    assert implementation.describe(width, dtype).startswith("fused" if expected == "kernels" else "PyTorch (")
+    described = implementation.describe(1, width, 24, dtype, torch.device(DEVICE))
+    assert described.startswith("forward" if expected == "kernels" else "PyTorch (")
 
 
 # cuBLASLt
@@ -369,13 +382,13 @@ def test_epilogue_is_refused_where_cublaslt_has_none():
 
 @needs_gpu
 @pytest.mark.gpu
-@pytest.mark.parametrize("first", ["cublaslt", "pointwise"])
+@pytest.mark.parametrize("first", ["gluon", "cublaslt", "pointwise"])
 @pytest.mark.parametrize("second", ["gluon", "triton", "pointwise"])
 @pytest.mark.parametrize(
     "rows, width, hidden", [(32768, 1152, 4608), (1000, 1152, 4608), (256, 384, 1536), (3, 72, 200)]
 )
 def test_gpu_backends_meet_the_calibrated_rule(first, second, rows, width, hidden):
-    if second != "pointwise" and torch.cuda.get_device_capability() != (9, 0):
+    if (first == "gluon" or second != "pointwise") and torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs a Hopper GPU")
     values = [value.detach() for value in operands(width, hidden, (rows,), torch.bfloat16)]
     dy = torch.randn(rows, width, device="cuda", dtype=torch.bfloat16)
@@ -390,10 +403,16 @@ def test_gpu_backends_meet_the_calibrated_rule(first, second, rows, width, hidde
 
 @needs_gpu
 @pytest.mark.gpu
-def test_hopper_gets_the_fused_gemm():
+def test_hopper_gets_the_fused_gemms():
+    from sitfast.kernels import gemm_gelu
+
     x, w1, _, w2, _ = operands(lead=(10,), dtype=torch.bfloat16)
+    chosen = implementation.choose_forward(x, w1), implementation.choose_backward(x, w2, x @ w1.T)
     hopper = torch.cuda.get_device_capability() == (9, 0)
-    assert (implementation.choose_backward(x, w2, x @ w1.T) in ("gluon", "triton")) == hopper
+    assert (chosen[1] in ("gluon", "triton")) == hopper
+    assert (chosen == ("gluon", "gluon")) == (hopper and gemm_gelu.has_gluon())
+    described = implementation.describe(256, 1152, 4608, torch.bfloat16, x.device)
+    assert described == "forward {}, backward {}".format(*chosen)
 
 
 @needs_gpu
@@ -401,7 +420,7 @@ def test_hopper_gets_the_fused_gemm():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rows, width, hidden", [(32768, 1152, 4608), (1000, 768, 3072), (130, 64, 264), (3, 8, 40)])
 def test_gluon_agrees_with_triton(dtype, rows, width, hidden):
-    """The same products and epilogue, each result rounded once; and runs that repeat."""
+    """The same formula, where Gluon rounds the product before it multiplies; and runs that repeat."""
     from sitfast.kernels import _gemm_gluon, gemm_gelu
 
     if torch.cuda.get_device_capability() != (9, 0) or not gemm_gelu.has_gluon():
@@ -416,7 +435,7 @@ def test_gluon_agrees_with_triton(dtype, rows, width, hidden):
         ):
             if ours is not None and repeated is not None and theirs is not None:
                 assert torch.equal(ours, repeated)
-                assert (ours - theirs).abs().max() <= torch.finfo(dtype).eps * theirs.abs().max()
+                assert (ours - theirs).abs().max() <= 2 * torch.finfo(dtype).eps * theirs.abs().max()
 
 
 @needs_gpu
