@@ -31,19 +31,25 @@ Run = Callable[[], object]
 
 
 LAYERS = 28  # back to back
-QUEUE_CYCLES = 1_000_000  # while the host queues a run: what is timed is the device
+QUEUE_CYCLES = 1_000_000  # the device is kept busy for half a millisecond while the host queues a run, or for longer
 
 
-def median_ms(run: Run, *, warmup: int = 3, repeats: int = 15, cycles: int = QUEUE_CYCLES) -> float:
+def median_ms(run: Run, *, warmup: int = 3, repeats: int = 15) -> float:
+    """Median on the device: a run whose start it reached before all of it was queued does not count."""
     for _ in range(warmup):
         run()
-    pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
-    for start, end in pairs:
+    pairs, cycles = [], QUEUE_CYCLES
+    while len(pairs) < repeats:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         FLUSH.zero_()
         torch.cuda._sleep(cycles)
         start.record()
         run()
         end.record()
+        if start.query():
+            cycles *= 2
+        else:
+            pairs.append((start, end))
     torch.cuda.synchronize()
     return statistics.median(start.elapsed_time(end) for start, end in pairs)
 
@@ -229,7 +235,7 @@ def whole(width: int, seconds: float, *, brief: bool = False) -> None:
             del got
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
-            cold, hot = median_ms(run, repeats=11, cycles=4 * QUEUE_CYCLES), hot_ms(run)
+            cold, hot = median_ms(run, repeats=11), hot_ms(run)
             peak = (torch.cuda.max_memory_allocated() - before) >> 20
             return (f"{cold - cold_six:+.3f}/{hot - hot_six:+.3f} ({ratio:.2f}{'' if repeats else ' CHANGES'}) [{peak}] "
                     f"host {host_ms(run):.2f}")  # fmt: skip

@@ -317,6 +317,26 @@ def test_gluon_kernel_compiles_ahead_of_time():
         assert result["spills"] <= 32  # what stays the same in the loops; an accumulator has 128
 
 
+@pytest.mark.parametrize("scale, verdict", [(1.0, True), (1.05, False), (float("nan"), False), (None, False)])
+def test_gluon_must_agree_with_pytorch(scale, verdict, monkeypatch):
+    """Stand-ins for the kernels that are right, a little wrong, NaN, and refused by the compiler."""
+    from sitfast.kernels import _gemm_gluon, gemm_gelu
+
+    def forward(x, w1, b1):
+        u = torch.addmm(b1, x, w1.T)
+        return u, torch.nn.functional.gelu(u, approximate="tanh")
+
+    def backward(dy, w2, u, *, with_activation):
+        if scale is None:
+            raise RuntimeError
+        du = torch.ops.aten.gelu_backward(dy @ w2, u, approximate="tanh")
+        return scale * du, torch.nn.functional.gelu(u, approximate="tanh"), du.sum(0)
+
+    monkeypatch.setattr(_gemm_gluon, "gemm_gelu", forward)
+    monkeypatch.setattr(_gemm_gluon, "gemm_dgelu", backward)
+    assert gemm_gelu._tested(torch.device(DEVICE), torch.bfloat16) == verdict
+
+
 def test_gluon_serves_the_versions_it_was_tried_with(monkeypatch):
     from sitfast.kernels import gemm_gelu
 
