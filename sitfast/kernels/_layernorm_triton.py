@@ -56,9 +56,9 @@ class Wave:
 
 # (largest D, wave with the residual in 16 bits, in fp32, without it in 16 bits, in fp32) of a backward pass, counted from
 # the registers on sm_90. The rows follow, see `backward_launch`: of all chunks tried, those that fill their waves were the
-# fastest, or within 2 % of it, in all 16 cases.
+# fastest, or within 2 % of it, in all 16 cases; (1) at D = 384 lies between two that were tried.
 BACKWARD = (
-    # 73.0, 99.0, 42.9 and 57.6 µs
+    # 73.0, 99.0, about 45 and about 58 µs
     (384, (Wave(2, 8), Wave(2, 6), Wave(2, 16), Wave(2, 14))),
     # 128.8 (4 warps 134.8), 176.0 (180.9), 67.6 (68.9), 102.6 µs (104.7)
     (768, (Wave(2, 4), Wave(2, 4), Wave(2, 8), Wave(2, 8))),
