@@ -96,7 +96,7 @@ def wanted(request: pytest.FixtureRequest) -> list[str]:
 
 @pytest.fixture(scope="session")
 def prepared(request: pytest.FixtureRequest, wanted: list[str], say: Callable[[str], None]) -> None:
-    """Everything compiled and tuned that this session will run."""
+    """Everything compiled and tuned that this session will run, of the modules that have a function `case`."""
     if not GPU:
         return
     tasks = []
@@ -104,7 +104,7 @@ def prepared(request: pytest.FixtureRequest, wanted: list[str], say: Callable[[s
         assert isinstance(item, pytest.Function)
         arguments = {name: value for name, value in item.callspec.params.items() if name != "direction"}
         task = item.module.__name__, arguments
-        if task not in tasks:
+        if hasattr(item.module, "case") and task not in tasks:
             tasks.append(task)
     tuning.prepare(tasks, say, tune="compile" in wanted)
 
