@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import math
 
-import pytest
 from torch import Tensor
 
 from benchmarks.bench_attention import HEADS
-from benchmarks.harness import DEVICE, TOKENS, WIDTHS, Case, Direction, Work, batch, draw
+from benchmarks.harness import DEVICE, Case, Direction, Work, batch, draw, shapes
 from sitfast.kernels import qk_norm_rope
 from sitfast.kernels.qk_norm_rope import axial_angles
 
 
-@pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("tokens", TOKENS)
-@pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_qk_norm_rope(bench, width: int, tokens: int, direction: Direction) -> None:
+def case(width: int, tokens: int) -> Case:
     samples, length = batch(tokens)
     heads, head = HEADS[width], width // HEADS[width]
     unit = samples * length * width * draw(1).element_size()
@@ -25,16 +21,17 @@ def test_qk_norm_rope(bench, width: int, tokens: int, direction: Direction) -> N
     def function(qkv: Tensor, q_weight: Tensor, k_weight: Tensor) -> Tensor:
         return qk_norm_rope(qkv, norm="rms", q_weight=q_weight, k_weight=k_weight, rope=(cos, sin))
 
-    bench(
-        Case(
-            kernel="qk_norm_rope",
-            width=width,
-            tokens=tokens,
-            function=function,
-            draw=lambda: (draw(samples, length, 3, heads, head), draw(head), draw(head)),
-            forward=Work(bytes=6 * unit, flops=0),
-            backward=Work(bytes=8 * unit, flops=0),
-            bound="bytes",
-        ),
-        direction,
+    return Case(
+        kernel="qk_norm_rope",
+        width=width,
+        tokens=tokens,
+        function=function,
+        draw=lambda: (draw(samples, length, 3, heads, head), draw(head), draw(head)),
+        forward=Work(bytes=6 * unit, flops=0),
+        backward=Work(bytes=8 * unit, flops=0),
     )
+
+
+@shapes()
+def test_qk_norm_rope(bench, width: int, tokens: int, direction: Direction) -> None:
+    bench(case(width, tokens), direction)
