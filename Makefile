@@ -7,13 +7,17 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUN ?= runs/digits
 
-.PHONY: demo test lint clean
+# The compiled operators; without a compiler everything runs all the same, in PyTorch.
+OPERATORS := sitfast/_operators.json
 
-demo: $(VENV)/.demo
+.PHONY: demo test lint clean
+.NOTPARALLEL:
+
+demo: $(VENV)/.demo $(OPERATORS)
 	$(BIN)/python -m sitfast.train --config configs/digits.yaml output_dir=$(RUN)
 	$(BIN)/python -m sitfast.evaluate --ckpt $(RUN)
 
-test: $(VENV)/.test
+test: $(VENV)/.test $(OPERATORS)
 	$(BIN)/python -m pytest -q tests
 
 lint: $(VENV)/.dev
@@ -26,9 +30,12 @@ $(VENV)/.%: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[$*]"
 	touch $@
 
+$(OPERATORS): $(wildcard csrc/*) sitfast/builder.py | $(BIN)/python
+	$(BIN)/python -m sitfast.build || echo "PyTorch runs instead of the compiled operators"
+
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "sitfast needs Python 3.10 or newer; try make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build *.egg-info sitfast/_operators*

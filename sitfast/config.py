@@ -94,6 +94,7 @@ class OptimConfig(Section):
     warmup_steps: Count = 0
     min_lr: NonNegative = 0.0  # the floor of the cosine
     clip_norm: Annotated[float, Field(gt=0)] | None = None
+    moments: Literal["fp32", "bf16"] = "fp32"  # bf16 halves AdamW's state, rounded stochastically
     on_nonfinite: Literal["stop", "skip"] = "stop"
 
 
@@ -108,6 +109,7 @@ class TrainConfig(Section):
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "bf16"
     compile: bool | None = None  # torch.compile of each block; null means on GPUs
     mlp_save: Literal["preact", "both"] = "preact"  # "both" keeps the GELU's output too: faster, for more memory
+    kernels: Literal["auto", "reference"] = "auto"  # "reference" runs everything in plain PyTorch, to compare with
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
@@ -192,6 +194,7 @@ _FREE = (
     "train.accumulate",
     "train.compile",
     "train.mlp_save",
+    "train.kernels",
     "train.device",
     "parallel",
     "checkpoint",

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from sitfast.errors import SitfastError
+from sitfast.kernels.interpolate import PREDICTIONS, TIME_SAMPLINGS, interpolate
 from sitfast.philox import Stream, normal, uniform
 
 _BETA_MIN, _BETA_MAX = 0.1, 20.0
@@ -30,9 +31,7 @@ _HALF_ULP = 2.0**-24  # distance of the last fp32 below 1 from 1
 _EPS = 1e-3  # default distance from an end of the path where a conversion diverges
 _VP_TRAIN_EPS = 1e-5
 
-_PREDICTIONS = ("velocity", "noise", "score")
 _LOSS_WEIGHTS = ("none", "velocity", "likelihood")
-_TIME_SAMPLINGS = ("uniform", "logit_normal", "shifted")
 
 
 class Coefficients(NamedTuple):
@@ -124,9 +123,9 @@ class Interpolant:
     def __post_init__(self) -> None:
         for name, value, allowed in (
             ("type", self.path, tuple(_PATHS)),
-            ("prediction", self.prediction, _PREDICTIONS),
+            ("prediction", self.prediction, PREDICTIONS),
             ("loss_weight", self.loss_weight, _LOSS_WEIGHTS),
-            ("time_sampling", self.time_sampling, _TIME_SAMPLINGS),
+            ("time_sampling", self.time_sampling, TIME_SAMPLINGS),
         ):
             if value not in allowed:
                 raise SitfastError(f"path.{name}={value!r} is unknown; choose one of {', '.join(allowed)}")
@@ -222,13 +221,8 @@ class Interpolant:
         The target is the velocity, or for noise and score prediction the noise (the score loss is written with it). x_t
         and the target are fp32 (fp64 for fp64 data). A given t `[B]` is used as it is.
         """
-        data = at_least_fp32(data)
-        t = self.sample_time(index) if t is None else t.to(torch.float32)
-        noise = normal(self.seed, index, Stream.NOISE, *data.shape[1:])
-        c = self.coefficients(_expand(t, data))
-        xt = c.alpha * data + c.sigma * noise
-        target = c.d_alpha * data + c.d_sigma * noise if self.prediction == "velocity" else noise.to(data.dtype)
-        return xt, t, target
+        draw = interpolate(self, data, index, t=t)
+        return draw.xt, draw.t, draw.target
 
     # Conversions of a model output `[B, C, ...]` at x `[B, C, ...]`, t `[B]` ------------------------------------------
     # With 1/w = alpha' sigma - alpha sigma', solving the two lines of the module docstring for data and noise gives

@@ -7,7 +7,7 @@
 A block does not add its last branch itself: it hands (x, y, gate, bias) on with x + gate · (y + bias) still pending, so
 that one kernel does that sum and the next layer norm, and the gradient of the bias falls out of its backward. Parameter
 names, their order and their initialisation are those of the published SiT and DiT checkpoints. The model draws nothing
-at random after that; `drop_labels` is the label dropout.
+at random after that.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sitfast import philox
 from sitfast.errors import SitfastError
 from sitfast.kernels import (
     attention,
@@ -372,13 +371,6 @@ def interpolate_pos_embed(embed: Tensor, new_grid: int) -> Tensor:
     image = embed.float().reshape(1, grid, grid, -1).permute(0, 3, 1, 2)
     resized = F.interpolate(image, size=(new_grid, new_grid), mode="bicubic", align_corners=False)
     return resized.flatten(2).transpose(1, 2).contiguous().to(embed.dtype)
-
-
-def drop_labels(y: Tensor, index: Tensor, *, prob: float, null: int, seed: int) -> Tensor:
-    """Labels y [B] with a share `prob` replaced by the null class; depends on (seed, sample index [B]) alone."""
-    if prob == 0:
-        return y
-    return y.masked_fill(philox.uniform(seed, index, philox.Stream.LABEL_DROP) < prob, null)
 
 
 def preset_kwargs(name: str) -> dict[str, int]:

@@ -5,10 +5,10 @@
     p    = p − lr · (weight_decay · p + m / (1 − β₁ᵏ) / (√(v / (1 − β₂ᵏ)) + eps))          k-th update that is applied
     ema  = ema + (1 − decay) · (p − ema)
 
-The clip coefficient and the loss scale reach the fused AdamW kernel as `grad_scale`, so the gradients are read once for
-the norm and once for the update. Whether this step counts is a 0/1 tensor, `found_inf`: the kernels read it on the
-device and leave every bit of weights, moments, step counts and averages alone when it is 1, so nothing waits for the
-host.
+The clip coefficient and the loss scale reach the kernel as a divisor on the device, so the gradients are read once for
+the norm and once for the update (`kernels.adamw_ema`). Whether this step counts is a 0/1 tensor, which the kernel reads on
+the device too: it leaves every bit of weights, moments, step counts and averages alone when it is 1, so nothing waits for
+the host.
 
 Weight decay, where there is any, applies to every trained parameter, biases and embeddings included: the official
 training makes one group of all parameters.
@@ -25,10 +25,12 @@ import torch
 from torch import Tensor, nn
 
 from sitfast.errors import SitfastError
+from sitfast.kernels.adamw_ema import adamw_ema, average_, gradient_norm
 
 _CLIP_EPS = 1e-6  # that of torch.nn.utils.clip_grad_norm_
 _INITIAL_SCALE = 2.0**16
 _GROWTH_INTERVAL = 2000  # good fp16 steps before the loss scale doubles
+_MOMENTS = {"fp32": None, "bf16": torch.bfloat16}  # None: that of the weights
 _FINE, _LOSS, _GRADIENT, _SCALE = range(4)  # what stopped the run
 
 
@@ -78,26 +80,11 @@ class EMA:
     def update(self, n: int, skip: Tensor) -> None:
         """Move every average towards the weights; `n` updates came before this one.
 
-        `skip`, an fp32 0 or 1 on the device, makes it a no-op. One pass over memory: fused SGD on the shadows, with the
-        weights as "gradient", maximised, and a weight decay of 1, is ema ← ema − (1 − decay) · (1 · ema − p). Unlike a
-        lerp with weight 0, its `found_inf` leaves every bit alone.
+        `skip`, an fp32 0 or 1 on the device, makes it a no-op. `Update.step` moves them itself, in the pass of AdamW.
         """
-        weights = [p.detach().float() for p in self._trained.values()]
+        weights = [p.detach() for p in self._trained.values()]
         for i, shadow in enumerate(self._shadows):
-            torch._fused_sgd_(  # pyright: ignore[reportPrivateImportUsage]
-                [shadow[name] for name in self._trained],
-                weights,
-                [],
-                weight_decay=1.0,
-                momentum=0.0,
-                lr=1.0 - self.decay(i, n),
-                dampening=0.0,
-                nesterov=False,
-                maximize=True,
-                is_first_step=False,
-                grad_scale=None,
-                found_inf=skip,
-            )
+            average_([shadow[name] for name in self._trained], weights, self.decay(i, n), skip)
 
     @contextlib.contextmanager
     def applied(self, model: nn.Module, i: int = 0) -> Iterator[None]:
@@ -149,6 +136,7 @@ class Update:
         precision: str,
         all_reduce_max: Callable[[Tensor], Tensor] | None = None,
         rank: int = 0,
+        seed: int = 0,
     ) -> None:
         self._params = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._optim = optim
@@ -156,24 +144,43 @@ class Update:
         self._fp16 = precision == "fp16"
         self._all_reduce_max = all_reduce_max
         self._rank = rank
+        self._seed = seed
         self.ema = EMA(model.named_parameters(), ema.decays, ema.warmup)
+        device = next(iter(self._params.values())).device
+        # Holds the state as everyone knows it; the steps are ours.
         self.optimizer = torch.optim.AdamW(
             self._params.values(),
             lr=optim.lr,
             betas=tuple(optim.betas),
             eps=optim.eps,
             weight_decay=optim.weight_decay,
-            fused=True,
         )
-        device = next(iter(self._params.values())).device
         # The moments exist from the start, so that a checkpoint of step 0 is like any other.
         self._steps = torch.zeros(len(self._params), device=device)
-        for step, p in zip(self._steps, self._params.values(), strict=True):
-            self.optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        moments = _MOMENTS[optim.moments]
+        for p in self._params.values():
+            keys = ("exp_avg", "exp_avg_sq")
+            self.optimizer.state[p] = {key: torch.zeros_like(p, dtype=moments or p.dtype) for key in keys}
+        self._share_steps()
+        self.optimizer.register_load_state_dict_post_hook(lambda _: self._adopt(moments))
         self._scale = torch.full((), _INITIAL_SCALE, device=device)  # used in fp16 only
         self._growth = torch.zeros((), dtype=torch.int64, device=device)
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
         self._stopped = torch.tensor([-1, _FINE, -1], device=device)  # step, reason, rank of what stopped the run
+
+    def _share_steps(self) -> None:
+        """Each tensor's count of updates in the optimizer's state is a view of ours."""
+        for step, p in zip(self._steps, self._params.values(), strict=True):
+            self.optimizer.state[p]["step"] = step
+
+    def _adopt(self, moments: torch.dtype | None) -> None:
+        """After `optimizer.load_state_dict` of any torch.optim.AdamW: its tensors are new, and its moments fp32."""
+        state = self.optimizer.state
+        for i, p in enumerate(self._params.values()):  # one that never stepped has no state
+            self._steps[i] = state[p].get("step", 0.0)
+            for key in ("exp_avg", "exp_avg_sq"):
+                state[p][key] = state[p].get(key, torch.zeros_like(p)).to(moments or p.dtype)
+        self._share_steps()
 
     def zero_grad(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -188,20 +195,43 @@ class Update:
 
         Returns the norm of the unscaled gradients before the clip, as a tensor on the device.
         """
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self._params.values() if p.grad is not None]).float()
+        learning = {name: p for name, p in self._params.items() if p.grad is not None}
+        grads = [p.grad for p in learning.values() if p.grad is not None]
+        norm = gradient_norm(grads)
         skip = self._guard(step, loss.detach(), norm)
-        divisor = None  # without one the kernel need not write the gradients back
+        divisor = None
         if self._fp16:
             divisor, norm = self._scale, norm / self._scale
         if self._optim.clip_norm is not None:
             clip = ((norm + _CLIP_EPS) / self._optim.clip_norm).clamp(min=1.0)
             divisor = clip if divisor is None else divisor * clip
-        # The fused kernel takes these from attributes, as GradScaler hands them over.
-        self.optimizer.grad_scale = divisor  # type: ignore[attr-defined]
-        self.optimizer.found_inf = skip  # type: ignore[attr-defined]
-        self.optimizer.param_groups[0]["lr"] = learning_rate(step, self._optim, self._total_steps)
-        self.optimizer.step()
-        self.ema.update(step, skip)
+        self.optimizer.param_groups[0]["lr"] = lr = learning_rate(step, self._optim, self._total_steps)
+        state, shadows = self.optimizer.state, [self.ema.state(i) for i in range(len(self.ema.decays))]
+        decays = [self.ema.decay(i, step) for i in range(len(shadows))]
+        idle = self._params.keys() - learning.keys()
+        steps = torch.stack([state[p]["step"] for p in learning.values()]) if idle else self._steps
+        adamw_ema(
+            list(learning.values()),
+            grads,
+            [state[p]["exp_avg"] for p in learning.values()],
+            [state[p]["exp_avg_sq"] for p in learning.values()],
+            steps,
+            emas=[[shadow[name] for name in learning] for shadow in shadows],
+            decays=decays,
+            divisor=divisor,
+            skip=skip,
+            lr=lr,
+            betas=tuple(self._optim.betas),
+            eps=self._optim.eps,
+            weight_decay=self._optim.weight_decay,
+            seed=self._seed,
+            step=step,
+        )
+        if idle:  # parameters without a gradient keep their state, and their averages still approach them
+            for p, count in zip(learning.values(), steps, strict=True):
+                state[p]["step"].copy_(count)
+            for shadow, decay in zip(shadows, decays, strict=True):
+                average_([shadow[name] for name in idle], [self._params[name] for name in idle], decay, skip)
         if self._fp16:
             self._rescale(skip)
         return norm

@@ -37,6 +37,7 @@ class Stream(IntEnum):
     SAMPLE = 5  # the starting noise of generation
     SDE = 6  # the Brownian increments of generation; `step` is the integrator's step
     ORDER = 7  # the order of the rows of an epoch
+    ROUNDING = 8  # the rounding of bf16 moments; `index` is the tensor, `step` the update
 
 
 def philox4x32(counter: tuple[Any, Any, Any, Any], key: tuple[int, int]) -> tuple[Any, Any, Any, Any]:
@@ -62,7 +63,8 @@ def split64(value: int) -> tuple[int, int]:
 def words(seed: int, index: Tensor, stream: Stream, count: int, *, step: int = 0) -> Tensor:
     """Random 32-bit words as int64, `[B, count]`, on the device of `index` (`[B]`, int64)."""
     assert 0 <= step < 1 << 24, "the step shares a 32-bit word with the stream"
-    blocks = torch.arange((count + 3) // 4, device=index.device)
+    # The mask changes nothing but that Inductor takes the blocks for values, not for indices, which it multiplies in 32 bits.
+    blocks = torch.arange((count + 3) // 4, device=index.device) & MASK32
     lo, hi = index[:, None] & MASK32, (index[:, None] >> 32) & MASK32
     zero = torch.zeros_like(lo + blocks)
     out = philox4x32((zero + blocks, zero + (int(stream) | step << 8), zero + lo, zero + hi), split64(seed))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,15 @@ from sitfast.errors import SitfastError
 from sitfast.evaluate import validation_loss
 from sitfast.images import replacing, save_grid
 from sitfast.interpolant import Interpolant
+from sitfast.kernels import extension, use_reference
 from sitfast.kernels.attention import describe as describe_attention
+from sitfast.kernels.interpolate import interpolate
 from sitfast.kernels.mlp import describe as describe_mlp
 from sitfast.loss import interpolant_loss
 from sitfast.model import (
     Mlp,
     build_model,
     count_parameters,
-    drop_labels,
     forward_macs,
     interpolate_pos_embed,
     load_state,
@@ -91,6 +92,8 @@ class Trainer:
                 weights["pos_embed"] = interpolate_pos_embed(weights["pos_embed"], self.model.grid)
             load_state(self.model, weights, source=cfg.model.init_from)
         self.null = cfg.model.num_classes if cfg.model.class_dropout_prob > 0 else None
+        prob, dtype = cfg.model.class_dropout_prob, AUTOCAST[cfg.train.precision]
+        self.draw = {"drop": prob, "null": cfg.model.num_classes, "dtype": dtype}  # what a step asks of `interpolate`
         self.macs = forward_macs(self.model)
 
         self.update = Update(
@@ -101,6 +104,7 @@ class Trainer:
             precision=cfg.train.precision,
             all_reduce_max=world.maximum if world.size > 1 else None,
             rank=world.rank,
+            seed=cfg.seed,
         )
         self.step, self.window = 0, []
         resumed = self._resume()
@@ -146,9 +150,7 @@ class Trainer:
             with annotate("encode"):
                 x = self.vae.encode(batch.x, batch.index)
             with annotate("interpolate"):
-                xt, t, target = self.interpolant.sample(x, batch.index)
-                prob = cfg.model.class_dropout_prob
-                y = drop_labels(batch.y, batch.index, prob=prob, null=cfg.model.num_classes, seed=cfg.seed)
+                xt, t, target, y = interpolate(self.interpolant, x, batch.index, labels=batch.y, **self.draw)
             with parallel.no_reduction(self.network, skip=micro < cfg.train.accumulate - 1):
                 with annotate("forward"):
                     with self.autocast():
@@ -163,6 +165,10 @@ class Trainer:
         self.window.append(total)
         self.step += 1
         return grad_norm
+
+    def implementation(self) -> AbstractContextManager[None]:
+        """Around everything that computes: `train.kernels=reference` wants plain PyTorch."""
+        return use_reference() if self.cfg.train.kernels == "reference" else nullcontext()
 
     def autocast(self) -> torch.autocast:
         dtype = AUTOCAST[self.cfg.train.precision]
@@ -184,6 +190,8 @@ class Trainer:
                 f"all {self.step} steps are done; raise train.steps to go on, or choose another output_dir"
             )
         self._begin_window()
+        choice = ExitStack()
+        choice.enter_context(self.implementation())
         try:
             while self.step < cfg.train.steps:
                 self.profile.step(self.step)
@@ -207,6 +215,7 @@ class Trainer:
                 self._save()
             return None
         finally:
+            choice.close()
             stop.close()
             self.close()
 
@@ -379,16 +388,20 @@ class Trainer:
         ]  # fmt: skip
 
     def _kernels(self) -> str:
-        """What the operations of a block run, and why."""
+        """What the operations of a block run, and those around the network, and why."""
+        if self.cfg.train.kernels == "reference":
+            return "none: train.kernels=reference runs everything in PyTorch"
+        around = f"draws, loss and update: {extension.describe(self.device)}"
         if self.device.type == "cpu":
-            return "PyTorch: there are none of our own for the CPU"
+            return f"{around}; blocks: PyTorch, there are none of our own for the CPU"
         cfg, width = self.cfg, self.model.config["hidden_size"]
         dtype = AUTOCAST[cfg.train.precision] or torch.float32
         rows = cfg.data.batch_size // self.world.size // cfg.train.accumulate * self.model.grid**2
         feed_forward = describe_mlp(rows, width, int(width * self.model.config["mlp_ratio"]), dtype, self.device)
         head = width // self.model.config["num_heads"]
         attention = describe_attention(self.model.grid**2, head, dtype, self.device)
-        return f"layer norm and residual: Triton; feed-forward: {feed_forward}; attention: {attention}"
+        blocks = f"layer norm and residual: Triton; feed-forward: {feed_forward}; attention: {attention}"
+        return f"{around}; {blocks}"
 
 
 def _check_patches(cfg: Config, downsample: int) -> None:

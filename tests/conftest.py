@@ -108,9 +108,13 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {f"{p.name}:{k}": v for p in sorted(folder.glob("*.safetensors")) for k, v in load_file(p).items()}
 
 
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
+
+
 def assert_equal(a: Path, b: Path) -> None:
     """Two checkpoints hold the same bits."""
     left, right = tensors(a), tensors(b)
     assert left.keys() == right.keys() and len(left) > 20
-    different = [key for key in left if left[key].numpy().tobytes() != right[key].numpy().tobytes()]
+    different = [key for key in left if not torch.equal(bits(left[key]), bits(right[key]))]
     assert different == []

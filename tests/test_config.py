@@ -55,7 +55,7 @@ def test_all_mistakes_are_reported_at_once_with_path_value_and_remedy():
     [
         ("optim.lrr=1", "did you mean optim.lr?"),
         ("lr=1", "did you mean optim.lr?"),
-        ("train.zebra=1", "train.steps"),
+        ("train.stepz=1", "train.steps"),
         ("zebra=1", "data"),
     ],
 )

@@ -8,13 +8,13 @@ from torch import Tensor, nn
 
 from sitfast import philox
 from sitfast.errors import SitfastError
+from sitfast.kernels.interpolate import drop_labels
 from sitfast.model import (
     PRESETS,
     DiT,
     SiT,
     build_model,
     count_parameters,
-    drop_labels,
     forward_macs,
     interpolate_pos_embed,
     load_state,

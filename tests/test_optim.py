@@ -14,7 +14,9 @@ LR, BETAS, EPS, DECAY, TOTAL = 1e-2, (0.9, 0.95), 1e-8, 0.1, 50
 
 
 def settings(**changes) -> SimpleNamespace:
-    base = SimpleNamespace(lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY, clip_norm=None, on_nonfinite="stop")
+    base = SimpleNamespace(
+        lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY, clip_norm=None, on_nonfinite="stop", moments="fp32"
+    )
     schedule = {"schedule": "constant", "warmup_steps": 0, "min_lr": 0.0}
     return SimpleNamespace(**(vars(base) | schedule | changes))
 

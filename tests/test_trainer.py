@@ -14,7 +14,7 @@ import sitfast.trainer
 from sitfast import checkpoint
 from sitfast import train as train_command
 from sitfast.errors import SitfastError
-from sitfast.kernels import mlp
+from sitfast.kernels import dispatch, mlp
 from tests.conftest import assert_equal, command, losses, tensors, train
 
 KILLED = """
@@ -164,6 +164,27 @@ def test_compiled_and_checkpointed_blocks_give_the_same_run(tiny, tmp_path, monk
     eager, compiled = tensors(tmp_path / "eager/checkpoint-3"), tensors(tmp_path / "run/checkpoint-3")
     for key, value in eager.items():
         torch.testing.assert_close(compiled[key], value, rtol=1e-4, atol=2e-6, msg=key)
+
+
+def test_the_references_give_the_same_run_up_to_rounding(tiny, tmp_path, capsys):
+    train(*tiny, "train.steps=3", f"output_dir={tmp_path / 'ours'}")
+    assert "draws, loss and update: " in " ".join(capsys.readouterr().out.split())
+    train(*tiny, "train.steps=3", "train.kernels=reference")
+    assert "train.kernels=reference" in capsys.readouterr().out
+    assert not dispatch._reference_only  # only inside the run
+    ours, theirs = tensors(tmp_path / "ours/checkpoint-3"), tensors(tmp_path / "run/checkpoint-3")
+    for key, value in ours.items():
+        torch.testing.assert_close(theirs[key], value, rtol=1e-4, atol=2e-6, msg=key)
+
+
+def test_bf16_moments_resume_bit_for_bit(tiny, tmp_path):
+    half = [*tiny, "optim.moments=bf16"]
+    train(*half, f"output_dir={tmp_path / 'straight'}")
+    train(*half, "train.steps=10")
+    train(*half)
+    assert_equal(tmp_path / "straight/checkpoint-20", tmp_path / "run/checkpoint-20")
+    moments = [v for k, v in tensors(tmp_path / "run/checkpoint-20").items() if ":exp_avg" in k]
+    assert moments and all(v.dtype == torch.bfloat16 for v in moments)
 
 
 def test_the_run_folder_holds_the_resolved_config_and_refuses_another_run(tiny, tmp_path):
