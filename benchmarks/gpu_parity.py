@@ -34,8 +34,9 @@ from benchmarks.harness import DEVICE, GPU
 from sitfast.config import EMAConfig, OptimConfig
 from sitfast.interpolant import Interpolant
 from sitfast.kernels import use_reference
+from sitfast.kernels.interpolate import drop_labels
 from sitfast.loss import interpolant_loss
-from sitfast.model import SiT, build_model, drop_labels
+from sitfast.model import SiT, build_model
 from sitfast.optim import Update
 
 STEPS, BATCH, BINS = (500, 16, 10) if GPU else (6, 2, 2)
