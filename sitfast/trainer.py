@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sitfast import checkpoint, config, data, metrics, parallel
 from sitfast.config import Config
+from sitfast.data.latents import Latents
 from sitfast.data.loader import Loader, fixed_batches
 from sitfast.data.sampler import held_out
 from sitfast.errors import SitfastError
@@ -72,6 +73,8 @@ class Trainer:
         torch.set_float32_matmul_precision("highest" if cfg.train.precision == "fp32" else "high")
         self.vae = build_vae(cfg.vae, device=self.device, seed=cfg.seed)
         self.vae.check_image_size(cfg.data.image_size)
+        if isinstance(source, Latents):
+            source.check_vae(self.vae)
         self.interpolant = Interpolant.from_config(cfg.path, cfg.seed)
         self.model_kwargs = {
             "input_size": cfg.data.image_size // self.vae.downsample,

@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+from sitfast.data.sampler import BlockOrder
 
 if TYPE_CHECKING:
     from sitfast.config import DataConfig
@@ -20,6 +24,7 @@ if TYPE_CHECKING:
 SOURCES = {
     "digits": "sitfast.data.digits",
     "folder": "sitfast.data.folder",
+    "latents": "sitfast.data.latents",
 }
 
 
@@ -46,9 +51,29 @@ class Source(Protocol):
         ...
 
 
+@runtime_checkable
+class Mapped(Source, Protocol):
+    """A source whose rows lie in mapped files: it fills whole batches, and reads best in its own order."""
+
+    def order(self, num_rows: int, seed: int) -> BlockOrder:
+        """The order of the samples over `num_rows` of its rows."""
+        ...
+
+    def gather(self, rows: NDArray[np.int64], mirrored: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x `[B, …]` and labels `[B]` of `rows` `[B]`, mirrored where `mirrored` `[B]` says so."""
+        ...
+
+    def read_ahead(self, rows: NDArray[np.int64]) -> None:
+        """Ask the system to have these rows in memory soon."""
+        ...
+
+
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch: images x `[B, C, H, W]`, labels y `[B]`, global sample indices `[B]`, names of replaced rows."""
+    """One micro-batch: x, labels y `[B]`, global sample indices `[B]`, names of replaced rows.
+
+    x is images `[B, C, H, W]`, or the moments of cached latents `[B, 2, C, h, w]`, which `vae.encode` takes as well.
+    """
 
     x: Tensor
     y: Tensor

@@ -1,0 +1,123 @@
+"""What every source owes: the same batches however they are fetched, each row once an epoch, exact resume."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sitfast.data import build_source, latents
+from sitfast.data.loader import Loader
+
+ROWS, SIZE = 37, 16
+SEED = 3
+
+
+def pictures():
+    """37 images, no two alike and none its own mirror image."""
+    generator = np.random.default_rng(0)
+    return [Image.fromarray(generator.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)) for _ in range(ROWS)]
+
+
+def data(source, path, **changes):
+    return SimpleNamespace(**{
+        "source": source, "path": str(path), "image_size": SIZE, "batch_size": 24, "num_workers": 0, "prefetch": 2,
+        "flip": True, "max_unreadable": 0.1, "window_mib": 1, "verify": True, **changes,
+    })  # fmt: skip
+
+
+def folder(path):
+    for number, picture in enumerate(pictures()):
+        (path / f"class{number % 5}").mkdir(exist_ok=True)
+        picture.save(path / f"class{number % 5}" / f"{number}.png")
+    return data("folder", path)
+
+
+def cached(path, rows_each=10):
+    """Moments of 16 kB a view, so that the window of 1 MiB holds 32 rows; shards of ten rows, the last one short."""
+    moments = torch.from_numpy(np.random.default_rng(0).normal(size=(ROWS, 2, 2, 4, 32, 32))).half()
+    job = {"vae": {"id": "a/b", "sha256": "0"}, "image_size": SIZE, "views": 2, "dtype": "fp16", "num_rows": ROWS}
+    shards = range(-(-ROWS // rows_each))
+    for k in shards:
+        rows = np.arange(k * rows_each, min((k + 1) * rows_each, ROWS))
+        latents.write_shard(
+            path, k, job=job, moments=moments[rows], labels=rows % 5, rows=rows, sums=[[0.0] * 4, [1.0] * 4]
+        )
+    about = {"channels": 3, "class_names": list("abcde")}
+    latents.write_manifest(path, [latents.read_shard(path / latents.shard_name(k)) for k in shards], about=about)
+    return data("latents", path)
+
+
+BUILDERS = {"folder": folder, "latents": cached}
+
+
+@pytest.fixture(scope="module", params=BUILDERS)
+def settings(request, tmp_path_factory):
+    return BUILDERS[request.param](tmp_path_factory.mktemp(request.param))
+
+
+def loader(settings, *, consumed=0, rank=0, world_size=1, accumulate=1, **changes):
+    return Loader(
+        build_source(settings),
+        np.arange(2, ROWS),
+        data=SimpleNamespace(**vars(settings) | changes),
+        seed=SEED,
+        consumed=consumed,
+        accumulate=accumulate,
+        rank=rank,
+        world_size=world_size,
+        device="cpu",
+        quarantine=None,
+    )
+
+
+def take(batches, count):
+    taken = [next(batches) for _ in range(count)]
+    batches.close()
+    return taken
+
+
+def joined(batches):
+    """(x, y, index) of several batches, in the order of the index."""
+    x, y, index = (torch.cat([getattr(batch, name) for batch in batches]) for name in ("x", "y", "index"))
+    order = index.argsort()
+    return x[order], y[order], index[order]
+
+
+def views_of(settings):
+    """bytes of a row as the loader gives it, unmirrored or mirrored → row."""
+    source = build_source(settings)
+    rows = np.arange(ROWS)
+    if hasattr(source, "gather"):
+        views = [source.gather(rows, torch.full((ROWS,), mirrored))[0] for mirrored in (False, True)]
+    else:
+        x = torch.stack([source.load(row)[0] for row in range(ROWS)]).float().div(127.5).sub(1)
+        views = [x, x.flip(-1)]
+    known = {view[row].contiguous().numpy().tobytes(): row for view in views for row in range(ROWS)}
+    assert len(known) == 2 * ROWS
+    return known
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_every_epoch_has_each_row_once(settings, world_size):
+    known, source = views_of(settings), build_source(settings)
+    batches = [b for rank in range(world_size) for b in take(loader(settings, rank=rank, world_size=world_size), 9)]
+    x, y, index = joined(batches)
+    assert torch.equal(index, torch.arange(9 * 24))
+    rows = [known[image.contiguous().numpy().tobytes()] for image in x]
+    assert y.tolist() == [source.load(row)[1] for row in rows]
+    epochs = [rows[start : start + 35] for start in range(0, 9 * 24 - 34, 35)]
+    assert all(sorted(epoch) == list(range(2, ROWS)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == len(epochs) == 6
+
+
+@pytest.mark.parametrize(("world_size", "num_workers", "accumulate"), [(1, 2, 1), (2, 1, 3), (3, 0, 2), (8, 0, 1)])
+def test_resumes_exactly_with_other_ranks_and_workers(settings, world_size, num_workers, accumulate):
+    x, y, index = joined(take(loader(settings), 6))
+    changes = {"world_size": world_size, "num_workers": num_workers, "accumulate": accumulate, "consumed": 72}
+    resumed = [
+        batch for rank in range(world_size) for batch in take(loader(settings, rank=rank, **changes), 3 * accumulate)
+    ]
+    for whole, part in zip((x, y, index), joined(resumed), strict=True):
+        assert torch.equal(whole[72:], part)
