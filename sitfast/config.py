@@ -45,8 +45,11 @@ Channels = Annotated[tuple[float, ...], BeforeValidator(_listed), Field(min_leng
 
 
 class DataConfig(Section):
-    source: Literal["digits", "folder", "latents"] = "folder"
-    path: str | None = None  # the folder of class folders, or of what sitfast.encode wrote
+    source: Literal["digits", "folder", "hf", "webdataset", "latents"] = "folder"
+    path: str | None = None  # class folders; hub id, Parquet or Arrow files; tar files; what sitfast.encode wrote
+    split: str = "train"  # hf
+    image_column: str = "image"  # hf
+    label_column: str | None = "label"  # hf, and the .json members of webdataset; null is one class for all
     image_size: Positive = 256  # pixels a side
     batch_size: Positive = 256  # global: over all ranks and accumulated micro-batches
     num_workers: Count = 8  # decoding processes a rank; 0 decodes in the training process
@@ -373,10 +376,14 @@ def _combinations(cfg: Config) -> Iterator[Problem]:
         return Problem(paths, f"{' with '.join(f'{p}={_plain(values[p])}' for p in paths)}: {rule}")
 
     data, path, model, optim, sample, profile = cfg.data, cfg.path, cfg.model, cfg.optim, cfg.sample, cfg.profile
-    if data.source == "folder" and data.path is None:
-        yield problem("data.source", "data.path", rule="name the folder of class folders in data.path")
-    if data.source == "latents" and data.path is None:
-        yield problem("data.source", "data.path", rule="name the folder that sitfast.encode wrote in data.path")
+    places = {
+        "folder": "the folder of class folders",
+        "hf": "the hub id or the folder of the data set",
+        "webdataset": "the folder of tar files",
+        "latents": "the folder that sitfast.encode wrote",
+    }
+    if data.source in places and data.path is None:
+        yield problem("data.source", "data.path", rule=f"name {places[data.source]} in data.path")
     if data.source == "latents" and cfg.vae.id is None:
         yield problem("data.source", "vae.id", rule="name the VAE that made the latents")
     if cfg.vae.scale is not None and 0 in cfg.vae.scale:

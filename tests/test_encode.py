@@ -147,7 +147,7 @@ def test_unreadable_images_are_left_out_and_listed(images, image_folder, tmp_pat
     for path in bad:
         path.write_bytes(b"not an image")
     source = data.build_source(config.load(None, images).data)
-    paths = [source.path(row) for row in range(36)]
+    paths = [source.name(row) for row in range(36)]
     manifest = run(tmp_path / "out", *images, "data.num_workers=2", shard_rows=1)  # some shards are empty
     assert (manifest["count"], manifest["unreadable"]) == (34, 2)
     listed = (tmp_path / "out/unreadable.txt").read_text().splitlines()

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 SOURCES = {
     "digits": "sitfast.data.digits",
     "folder": "sitfast.data.folder",
+    "hf": "sitfast.data.hf",
     "latents": "sitfast.data.latents",
+    "webdataset": "sitfast.data.webdataset",
 }
 
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from sitfast.data import Unreadable, build_source
-from sitfast.data.folder import adm_crop
+from sitfast.data.image import adm_crop
 from sitfast.errors import SitfastError
 
 RNG = np.random.default_rng(0)
@@ -119,7 +119,7 @@ def test_labels_and_rows_are_sorted_and_hidden_files_ignored(tmp_path):
     source = folder(tmp_path)
     assert source.class_names == ["a", "b", "c"]
     assert (source.num_rows, source.num_classes, source.channels, source.image_size) == (4, 3, 3, 16)
-    names = [source.path(row).removeprefix(f"{tmp_path}/") for row in range(4)]
+    names = [source.name(row).removeprefix(f"{tmp_path}/") for row in range(4)]
     assert names == ["a/deep/er/x.webp", "a/z.JPEG", "b/10.png", "b/2.PNG"]
     assert [source.load(row)[1] for row in range(4)] == [0, 0, 1, 1]
 

@@ -290,4 +290,4 @@ def test_a_real_folder_through_workers(tmp_path):
         assert str(bad) in batch.skipped
     path, reason = file.read_text().rstrip("\n").split("\t")
     assert path == str(bad).replace("\t", "\\t")
-    assert reason.startswith("UnidentifiedImageError: cannot identify image file")
+    assert reason == "UnidentifiedImageError: no PNG, JPEG or WebP image"

@@ -1,5 +1,7 @@
 """What every source owes: the same batches however they are fetched, each row once an epoch, exact resume."""
 
+import io
+import tarfile
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sitfast.data import build_source, latents
+from sitfast.data import build_source, latents, webdataset
 from sitfast.data.loader import Loader
 
 ROWS, SIZE = 37, 16
@@ -23,8 +25,15 @@ def pictures():
 def data(source, path, **changes):
     return SimpleNamespace(**{
         "source": source, "path": str(path), "image_size": SIZE, "batch_size": 24, "num_workers": 0, "prefetch": 2,
-        "flip": True, "max_unreadable": 0.1, "window_mib": 1, "verify": True, **changes,
+        "flip": True, "max_unreadable": 0.1, "window_mib": 1, "verify": True, "split": "train", "image_column": "image",
+        "label_column": "label", **changes,
     })  # fmt: skip
+
+
+def png(picture) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, format="PNG")
+    return file.getvalue()
 
 
 def folder(path):
@@ -49,12 +58,43 @@ def cached(path, rows_each=10):
     return data("latents", path)
 
 
-BUILDERS = {"folder": folder, "latents": cached}
+def table():
+    """The pictures as a data set with embedded PNGs."""
+    datasets = pytest.importorskip("datasets")
+    images = [{"bytes": png(picture), "path": None} for picture in pictures()]
+    content = {"image": images, "label": [number % 5 for number in range(ROWS)]}
+    return datasets.Dataset.from_dict(content).cast_column("image", datasets.Image())
+
+
+def arrow(path):
+    table().save_to_disk(path / "saved")
+    return data("hf", path / "saved")
+
+
+def parquet(path):
+    table().to_parquet(path / "train.parquet")
+    return data("hf", path)
+
+
+def tars(path):
+    for shard in range(2):
+        with tarfile.open(path / f"{shard}.tar", "w") as tar:
+            for number in range(shard * 20, min(ROWS, shard * 20 + 20)):
+                for kind, content in (("png", png(pictures()[number])), ("cls", str(number % 5).encode())):
+                    info = tarfile.TarInfo(f"{number:04}.{kind}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+    return data("webdataset", path)
+
+
+BUILDERS = {"folder": folder, "latents": cached, "arrow": arrow, "parquet": parquet, "tars": tars}
 
 
 @pytest.fixture(scope="module", params=BUILDERS)
 def settings(request, tmp_path_factory):
-    return BUILDERS[request.param](tmp_path_factory.mktemp(request.param))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(webdataset, "CACHE", tmp_path_factory.mktemp("cache"))
+        yield BUILDERS[request.param](tmp_path_factory.mktemp(request.param))
 
 
 def loader(settings, *, consumed=0, rank=0, world_size=1, accumulate=1, **changes):
