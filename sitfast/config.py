@@ -54,6 +54,9 @@ class DataConfig(Section):
     batch_size: Positive = 256  # global: over all ranks and accumulated micro-batches
     num_workers: Count = 8  # decoding processes a rank; 0 decodes in the training process
     prefetch: Positive = 4  # batches each worker keeps ready
+    decoder: Literal["pil", "dali"] = "pil"  # dali decodes JPEGs on the GPU; without a GPU on its own threads
+    decoder_threads: Positive = 8  # dali
+    hw_decoder_load: Share = 0.65  # dali: share of the JPEGs for the GPU's hardware decoder
     flip: bool = True  # mirror half of the images
     val_samples: Count = 0  # rows held out of training for the validation loss
     max_unreadable: Share = 0.01  # a larger share of unreadable images stops the run
@@ -197,6 +200,8 @@ _FREE = (
     "data.path",
     "data.num_workers",
     "data.prefetch",
+    "data.decoder_threads",
+    "data.hw_decoder_load",
     "data.max_unreadable",
     "data.verify",
     "vae.id",
@@ -384,6 +389,8 @@ def _combinations(cfg: Config) -> Iterator[Problem]:
     }
     if data.source in places and data.path is None:
         yield problem("data.source", "data.path", rule=f"name {places[data.source]} in data.path")
+    if data.decoder == "dali" and data.source in ("digits", "latents"):
+        yield problem("data.decoder", "data.source", rule="there are no image files to decode; use data.decoder=pil")
     if data.source == "latents" and cfg.vae.id is None:
         yield problem("data.source", "vae.id", rule="name the VAE that made the latents")
     if cfg.vae.scale is not None and 0 in cfg.vae.scale:

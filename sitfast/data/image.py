@@ -62,14 +62,23 @@ class EncodedImages:
         return torch.from_numpy(np.array(image)).permute(2, 0, 1), self.label(row)
 
 
+def adm_size(width: int, height: int, size: int) -> tuple[list[tuple[int, int]], tuple[int, int]]:
+    """((width, height) after each halving, (width, height) that the crop is taken from)."""
+    halved = []
+    while min(width, height) >= 2 * size:
+        width, height = width // 2, height // 2
+        halved.append((width, height))
+    scale = size / min(width, height)
+    return halved, (round(width * scale), round(height * scale))
+
+
 def adm_crop(image: Image.Image, size: int) -> Image.Image:
     """The central square of `image`, `size` × `size`; images smaller than that are enlarged."""
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    width, height = round(image.width * scale), round(image.height * scale)
+    halved, (width, height) = adm_size(*image.size, size)
     if width * height > _MAX_PIXELS:
         raise ValueError(f"{image.width} × {image.height} pixels is too elongated to scale to {size}")
+    for smaller in halved:
+        image = image.resize(smaller, Image.Resampling.BOX)
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
     return image.crop((left, top, left + size, top + size))

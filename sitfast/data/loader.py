@@ -58,11 +58,28 @@ class Loader:
         indices = micro_batches(
             consumed, batch_size=data.batch_size, accumulate=accumulate, rank=rank, world_size=world_size
         )
-        reader = _Reader(source, rows, seed=seed, flip=data.flip, patience=patience)
-        self._batches = _start(
-            reader, indices, num_workers=data.num_workers, prefetch=data.prefetch, device=self.device
-        )
-        self.close = weakref.finalize(self, _shut_down, self._batches)  # runs once: here, or when Python exits
+        settings = {"seed": seed, "flip": data.flip, "patience": patience}
+        reader = Reader(source, rows, **settings)
+        if data.decoder == "dali":
+            from sitfast.data import dali
+
+            encoded = dali.EncodedReader(source, rows, **settings)
+            read = _start(encoded, indices, num_workers=data.num_workers, prefetch=data.prefetch, pin=False)
+            self._batches: Iterator[Loaded] = dali.Decoder(
+                read,
+                reader,
+                size=source.image_size,
+                batch_size=data.batch_size // accumulate // world_size,
+                device=self.device,
+                num_threads=data.decoder_threads,
+                hw_decoder_load=data.hw_decoder_load,
+            )
+        else:
+            pin = self.device.type == "cuda"
+            read = self._batches = _start(
+                reader, indices, num_workers=data.num_workers, prefetch=data.prefetch, pin=pin
+            )
+        self.close = weakref.finalize(self, _shut_down, read)  # runs once: here, or when Python exits
 
     def __iter__(self) -> Loader:
         return self
@@ -110,8 +127,8 @@ def in_order(
 
     A batch may be empty. The workers end with the iterator.
     """
-    device = torch.device(device)
-    batches = _start(_Chunks(source), chunks, num_workers=num_workers, prefetch=prefetch, device=device)
+    pin = torch.device(device).type == "cuda"
+    batches = _start(_Chunks(source), chunks, num_workers=num_workers, prefetch=prefetch, pin=pin)
     try:
         for _ in chunks:
             loaded = _next(batches)
@@ -120,10 +137,10 @@ def in_order(
         _shut_down(batches)
 
 
-class _Loaded(NamedTuple):
+class Loaded(NamedTuple):
     """What a worker hands back: a micro-batch, or why there is none."""
 
-    x: Tensor
+    x: Any  # pixels or moments, a Tensor; or what is yet to be decoded
     y: Tensor
     index: Tensor
     unreadable: list[tuple[str, str]]
@@ -139,25 +156,25 @@ class _Loaded(NamedTuple):
 class _Answering(Dataset):
     """Reads one batch; whatever goes wrong travels to the main process as one line, its traceback with it."""
 
-    def __getitem__(self, item: Any) -> _Loaded:
+    def __getitem__(self, item: Any) -> Loaded:
         unreadable: list[tuple[str, str]] = []
         failure, detail = "", ""
         try:
-            return _Loaded(*self.read(item, unreadable), unreadable)
+            return Loaded(*self.read(item, unreadable), unreadable)
         except SitfastError as error:
             failure = str(error)
         except Exception as error:
             failure = f"reading the data failed: {type(error).__name__}: {' '.join(str(error).split())}"
             detail = traceback.format_exc()
         none = torch.empty(0)
-        return _Loaded(none, none, none, unreadable, failure, detail)
+        return Loaded(none, none, none, unreadable, failure, detail)
 
-    def read(self, item: Any, unreadable: list[tuple[str, str]]) -> tuple[Tensor, Tensor, Tensor]:
+    def read(self, item: Any, unreadable: list[tuple[str, str]]) -> tuple[Any, Tensor, Tensor]:
         """(x, y, index); (name, reason) of what could not be read is added to `unreadable`."""
         raise NotImplementedError
 
 
-class _Reader(_Answering):
+class Reader(_Answering):
     """A micro-batch, given its global sample indices. Every worker answers alike."""
 
     def __init__(self, source: Source, rows: NDArray[np.int64], *, seed: int, flip: bool, patience: int) -> None:
@@ -170,7 +187,7 @@ class _Reader(_Answering):
         self.begun = False  # whether this process has asked the disk for the first window
         self.order = self.mapped.order(len(rows), seed) if self.mapped else Order(len(rows), seed)
 
-    def read(self, item: list[int], unreadable: list[tuple[str, str]]) -> tuple[Tensor, Tensor, Tensor]:
+    def read(self, item: list[int], unreadable: list[tuple[str, str]]) -> tuple[Any, Tensor, Tensor]:
         index = torch.tensor(item)
         positions = self.order.rows(index.numpy())
         mirrored = philox.uniform(self.seed, index, philox.Stream.FLIP) < 0.5 if self.flip else None
@@ -181,16 +198,24 @@ class _Reader(_Answering):
             self.mapped.read_ahead(self.rows[self.order.ahead(index.numpy())])
             return *self.mapped.gather(self.rows[positions], mirrored), index
         images, labels = zip(*(self._load(int(position), unreadable) for position in positions), strict=True)
+        return self.collate(images, mirrored), torch.tensor(labels), index
+
+    def fetch(self, row: int) -> tuple[Any, int]:
+        """One row of the source; `Unreadable` where that fails."""
+        return self.source.load(row)
+
+    def collate(self, images: tuple[Any, ...], mirrored: Tensor | None) -> Any:
+        """What `fetch` gave for each place of a micro-batch as one, mirrored where `mirrored` `[B]` says so."""
         x = torch.stack(images)
         if mirrored is not None:
             x[mirrored] = x[mirrored].flip(-1)
-        return x, torch.tensor(labels), index
+        return x
 
-    def _load(self, position: int, unreadable: list[tuple[str, str]]) -> tuple[Tensor, int]:
+    def _load(self, position: int, unreadable: list[tuple[str, str]]) -> tuple[Any, int]:
         """The row at `position`, or the first readable one after it."""
         for offset in range(self.patience):
             try:
-                return self.source.load(int(self.rows[(position + offset) % len(self.rows)]))
+                return self.fetch(int(self.rows[(position + offset) % len(self.rows)]))
             except Unreadable as error:
                 unreadable.append((error.name, error.reason))
         latest = ": ".join(unreadable[-1])
@@ -223,10 +248,10 @@ class _Chunks(_Answering):
 
 
 def _start(
-    dataset: _Answering, items: Iterable[Any], *, num_workers: int, prefetch: int, device: torch.device
-) -> Iterator[_Loaded]:
+    dataset: _Answering, items: Iterable[Any], *, num_workers: int, prefetch: int, pin: bool
+) -> Iterator[Loaded]:
     """The answers to `items`, in their order, from worker processes that are running when this returns."""
-    loader: DataLoader[_Loaded] = DataLoader(
+    loader: DataLoader[Loaded] = DataLoader(
         dataset,
         batch_size=None,  # the sampler's items are whole micro-batches
         sampler=items,  # pyright: ignore[reportArgumentType]  any iterable will do
@@ -234,7 +259,7 @@ def _start(
         prefetch_factor=prefetch if num_workers else None,
         worker_init_fn=_start_worker,
         collate_fn=_as_it_is,  # pyright: ignore[reportArgumentType]  with batch_size=None it gets one item, not a list
-        pin_memory=device.type == "cuda",
+        pin_memory=pin,
         generator=torch.Generator(),  # the DataLoader draws a seed nobody uses; not from the global generator
     )
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_MAIN)  # a worker inherits the mask from its first moment
@@ -244,7 +269,7 @@ def _start(
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _next(batches: Iterator[_Loaded]) -> _Loaded:
+def _next(batches: Iterator[Loaded]) -> Loaded:
     try:
         return next(batches)
     except RuntimeError as error:
@@ -271,5 +296,5 @@ def _shut_down(batches: Any) -> None:
                 worker.kill()
 
 
-def _as_it_is(loaded: _Loaded) -> _Loaded:
+def _as_it_is(loaded: Loaded) -> Loaded:
     return loaded

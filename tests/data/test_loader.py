@@ -53,7 +53,15 @@ class Dying(Numbers):
 
 def settings(**changes):
     return SimpleNamespace(
-        **{"batch_size": 10, "num_workers": 0, "prefetch": 2, "flip": False, "max_unreadable": 0.5, **changes}
+        **{
+            "batch_size": 10,
+            "num_workers": 0,
+            "prefetch": 2,
+            "flip": False,
+            "max_unreadable": 0.5,
+            "decoder": "pil",
+            **changes,
+        }
     )
 
 

@@ -26,7 +26,7 @@ def data(source, path, **changes):
     return SimpleNamespace(**{
         "source": source, "path": str(path), "image_size": SIZE, "batch_size": 24, "num_workers": 0, "prefetch": 2,
         "flip": True, "max_unreadable": 0.1, "window_mib": 1, "verify": True, "split": "train", "image_column": "image",
-        "label_column": "label", **changes,
+        "label_column": "label", "decoder": "pil", "decoder_threads": 1, "hw_decoder_load": 0.0, **changes,
     })  # fmt: skip
 
 
