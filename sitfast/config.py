@@ -73,6 +73,7 @@ class VAEConfig(Section):
     posterior: Literal["sample", "mean"] = "sample"
     precision: Literal["fp32", "bf16"] = "fp32"
     batch_size: Positive = 64  # images in one encode or decode call
+    compile: bool | None = None  # torch.compile of the encoder; null means on GPUs
 
 
 class PathConfig(Section):
@@ -206,6 +207,7 @@ _FREE = (
     "data.verify",
     "vae.id",
     "vae.batch_size",
+    "vae.compile",
     "train.accumulate",
     "train.compile",
     "train.device",

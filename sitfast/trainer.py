@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sitfast import checkpoint, config, data, metrics, parallel
 from sitfast.config import Config
+from sitfast.data.ahead import Ahead
 from sitfast.data.latents import Latents
 from sitfast.data.loader import Loader, fixed_batches
 from sitfast.data.sampler import held_out
@@ -121,6 +122,7 @@ class Trainer:
             device=self.device,
             quarantine=self.run_dir / "quarantine.txt",
         )
+        self.encoded = Ahead(self._next_batch, self.vae, self.device)
         self.source, self.val_rows = source, val_rows[world.rank :: world.size]
         self.profile = Window(cfg.profile, self.run_dir, rank=world.rank)
         self.peak = metrics.peak_flops(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
@@ -140,12 +142,9 @@ class Trainer:
         """One update of the weights; returns the gradient norm (a device tensor: nothing waits for it)."""
         cfg, total = self.cfg, torch.zeros((), device=self.device)
         for micro in range(cfg.train.accumulate):
-            with annotate("data"):
-                batch = self._next_batch()
-            with annotate("encode"):
-                x = self.vae.encode(batch.x, batch.index)
+            batch = next(self.encoded)
             with annotate("interpolate"):
-                xt, t, target = self.interpolant.sample(x, batch.index)
+                xt, t, target = self.interpolant.sample(batch.x, batch.index)
                 prob = cfg.model.class_dropout_prob
                 y = drop_labels(batch.y, batch.index, prob=prob, null=cfg.model.num_classes, seed=cfg.seed)
             with parallel.no_reduction(self.network, skip=micro < cfg.train.accumulate - 1):

@@ -52,6 +52,8 @@ class AutoencoderVAE:
         self.dtype = _DTYPES[settings.precision]
         self.memory_format = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
         self.model = model.to(self.device, memory_format=self.memory_format).requires_grad_(False).eval()
+        if self.device.type == "cuda" if settings.compile is None else settings.compile:
+            self.model.encoder.compile(dynamic=False)
         own = model.config
         self.id = settings.id
         self.scale = self._channels("scale", settings.scale, own.scaling_factor)
@@ -100,7 +102,8 @@ class AutoencoderVAE:
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Images x `[B, 3, H, W]` in [−1, 1] → mean and standard deviation of the posterior, fp32 `[B, C, h, w]` each."""
         with self._own_precision():
-            parts = [self.model.encode(self._cast(part)).latent_dist for part in x.split(self.batch_size)]
+            equal = x.tensor_split(-(-len(x) // self.batch_size))  # few sizes: the compiler makes code for each
+            parts = [self.model.encode(self._cast(part)).latent_dist for part in equal]
             mean = torch.cat([part.mean.float() for part in parts])
             std = torch.cat([(0.5 * part.logvar.float()).exp() for part in parts])
         return mean, std

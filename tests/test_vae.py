@@ -41,7 +41,15 @@ def saved(model, tmp_path_factory):
 
 
 def build(id, **changes):
-    settings = {"scale": None, "shift": None, "posterior": "sample", "precision": "fp32", "batch_size": 3, **changes}
+    settings = {
+        "scale": None,
+        "shift": None,
+        "posterior": "sample",
+        "precision": "fp32",
+        "batch_size": 3,
+        "compile": None,
+        **changes,
+    }
     return build_vae(SimpleNamespace(id=id, **settings), device="cpu", seed=SEED)
 
 
@@ -87,6 +95,25 @@ def test_a_sample_does_not_depend_on_its_batch(saved):
     parts = [build(saved, batch_size=1).encode(x[i : i + 1], INDEX[i : i + 1]) for i in range(7)]
     torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(vae.encode(x, INDEX + 1), whole, atol=1e-2)
+
+
+def test_the_encoder_alone_is_compiled_and_in_equal_parts(saved, monkeypatch):
+    plain = build(saved, batch_size=4).encode(images(), INDEX)
+    sizes = []
+    original = torch.nn.Module.compile
+
+    def backend(graph, examples):
+        sizes.append(examples[-1].shape[0])
+        return graph
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kwargs: original(self, backend=backend, **kwargs))
+    vae = build(saved, batch_size=4, compile=True)
+    assert vae.fingerprint == build(saved).fingerprint
+    torch.testing.assert_close(vae.encode(images(), INDEX), plain, rtol=1e-5, atol=1e-5)
+    assert len(sizes) == 2  # seven images are four and three
+    vae.encode(images(6), INDEX[:6])  # three and three
+    vae.decode(plain)
+    assert len(sizes) == 2
 
 
 def test_decode_undoes_scale_and_shift(model, saved):
