@@ -169,8 +169,8 @@ def profile(run: Callable[[], object], name: str, *, rows: int = 16) -> None:
 def data_config(source: str, path: Path, **changes: Any) -> SimpleNamespace:
     defaults = {
         "source": source, "path": str(path), "image_size": SIZE, "batch_size": 256, "num_workers": 0, "prefetch": 4,
-        "flip": True, "max_unreadable": 0.01, "window_mib": 512, "verify": False, "decoder": "pil", "decoder_threads": 8,
-        "hw_decoder_load": 0.65,
+        "flip": True, "max_unreadable": 0.01, "window_mib": 512, "verify": False, "decoder": "pil",
+        "crop": "center", "decoder_threads": 8, "hw_decoder_load": 0.65,
     }  # fmt: skip
     return SimpleNamespace(**{**defaults, **changes})
 

@@ -57,6 +57,7 @@ class DataConfig(Section):
     decoder: Literal["pil", "dali"] = "pil"  # dali decodes JPEGs on the GPU; without a GPU on its own threads
     decoder_threads: Positive = 8  # dali
     hw_decoder_load: Share = 0.65  # dali: share of the JPEGs for the GPU's hardware decoder
+    crop: Literal["center", "random"] = "center"  # random: of 0.8 to all of the shorter side, anywhere
     flip: bool = True  # mirror half of the images
     val_samples: Count = 0  # rows held out of training for the validation loss
     max_unreadable: Share = 0.01  # a larger share of unreadable images stops the run
@@ -393,6 +394,8 @@ def _combinations(cfg: Config) -> Iterator[Problem]:
         yield problem("data.source", "data.path", rule=f"name {places[data.source]} in data.path")
     if data.decoder == "dali" and data.source in ("digits", "latents"):
         yield problem("data.decoder", "data.source", rule="there are no image files to decode; use data.decoder=pil")
+    if data.crop == "random" and data.source in ("digits", "latents"):
+        yield problem("data.crop", "data.source", rule="there are no images to crop; use data.crop=center")
     if data.source == "latents" and cfg.vae.id is None:
         yield problem("data.source", "vae.id", rule="name the VAE that made the latents")
     if cfg.vae.scale is not None and 0 in cfg.vae.scale:

@@ -38,6 +38,7 @@ class Stream(IntEnum):
     SDE = 6  # the Brownian increments of generation; `step` is the integrator's step
     ORDER = 7  # the order of the rows of an epoch, or of the blocks they lie in
     WINDOW = 8  # the order within a window of blocks
+    CROP = 9  # zoom, top and left of a random crop
 
 
 def philox4x32(counter: tuple[Any, Any, Any, Any], key: tuple[int, int]) -> tuple[Any, Any, Any, Any]:

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from sitfast.data.image import EncodedImages, adm_size
+from sitfast.data.image import Crop, EncodedImages, adm_plan
 from sitfast.data.loader import Loaded, Reader
 from sitfast.errors import SitfastError
 
@@ -58,7 +58,7 @@ class Encoded(NamedTuple):
     pixel_places: Tensor
 
 
-def plan(data: bytes, size: int) -> list[float] | None:
+def plan(data: bytes, size: int, crop: Crop | None = None) -> list[float] | None:
     """[halvings, y0, x0, y1, x1, h, w, odd, h, w, odd, h, w, odd] of an ordinary JPEG, None where Pillow is to see to it.
 
     The crop is in pixels of the halved image; (h, w) is the size before each halving, odd whether one of them is.
@@ -76,15 +76,16 @@ def plan(data: bytes, size: int) -> list[float] | None:
     if image.info.get("adobe_transform") == 0 or [layer[0] for layer in image.layer] == _RGB_IDS:
         return None
     full: tuple[int, int] = image.size
-    halved, (width, height) = adm_size(full[0], full[1], size)
-    if len(halved) > _MAX_HALVINGS or max(full) > 16 * min(full):
+    if max(full) > 16 * min(full):
+        return None
+    halved, (width, height), left, top = adm_plan(full[0], full[1], size, crop)
+    if len(halved) > _MAX_HALVINGS:
         return None
     w, h = halved[-1] if halved else full
-    left, top = (width - size) // 2, (height - size) // 2
-    crop = [top * h / height, left * w / width, (top + size) * h / height, (left + size) * w / width]
+    corners = [top * h / height, left * w / width, (top + size) * h / height, (left + size) * w / width]
     before = [full, *halved][: len(halved)]
     stages = [float(value) for w, h in before for value in (h, w, (h | w) & 1)]
-    return [len(halved), *crop, *stages, *[0.0] * (3 * _MAX_HALVINGS - len(stages))]
+    return [len(halved), *corners, *stages, *[0.0] * (3 * _MAX_HALVINGS - len(stages))]
 
 
 class EncodedReader(Reader):
@@ -92,13 +93,13 @@ class EncodedReader(Reader):
 
     source: EncodedImages
 
-    def fetch(self, row: int) -> tuple[Any, int]:
+    def fetch(self, row: int, crop: Crop | None) -> tuple[Any, int]:
         try:
             data = self.source.read(row)
-        except OSError:
-            return self.source.load(row)  # which says what is wrong with it
-        found = plan(data, self.source.image_size)
-        return ((data, found), self.source.label(row)) if found else self.source.load(row)
+        except Exception:
+            return self.source.load(row, crop)  # which says what is wrong with it
+        found = plan(data, self.source.image_size, crop)
+        return ((data, found), self.source.label(row)) if found else self.source.load(row, crop)
 
     def collate(self, images: tuple[Any, ...], mirrored: Tensor | None) -> Encoded:
         flips = [False] * len(images) if mirrored is None else mirrored.tolist()

@@ -2,6 +2,8 @@
 
     halve with a box filter while min(width, height) ≥ 2·size  ▶  bicubic to min(width, height) = size  ▶  centre crop
 
+ADM's random crop takes a larger size, up to size / 0.8, and a random place in the result.
+
 Three things go beyond ADM, and change no pixel of an ordinary RGB image: the EXIF orientation is applied (ADM ignores
 it), transparency is laid over white (ADM drops the alpha channel and shows whatever colour lies below), and 16-bit grey
 is scaled to 8 bits (ADM clips it).
@@ -11,9 +13,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,9 +28,16 @@ from sitfast.data import Unreadable
 from sitfast.errors import SitfastError
 
 _FORMATS = ("PNG", "JPEG", "WEBP")  # decided by content; no other parser ever sees a file
-_MAX_PIXELS = (
-    2**26
-)  # of a scaled image: only an aspect ratio of 1024 at 256 px gets there, and it would fill the memory
+_MIN_SHARE = 0.8  # of the shorter side, in a random crop
+_MAX_PIXELS = 2**26  # of a scaled image: only an aspect ratio of 1024 at 256 px gets there, and would fill the memory
+
+
+class Crop(NamedTuple):
+    """Of a random crop, each uniform in (0, 1)."""
+
+    zoom: float
+    top: float
+    left: float
 
 
 class EncodedImages:
@@ -50,9 +60,9 @@ class EncodedImages:
     def label(self, row: int) -> int:
         raise NotImplementedError
 
-    def load(self, row: int) -> tuple[Tensor, int]:
+    def load(self, row: int, crop: Crop | None = None) -> tuple[Tensor, int]:
         try:
-            image = adm_crop(_decode(self.read(row)), self.image_size)
+            image = adm_crop(_decode(self.read(row)), self.image_size, crop)
         except (MemoryError, SitfastError):
             raise
         except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error and more
@@ -62,26 +72,39 @@ class EncodedImages:
         return torch.from_numpy(np.array(image)).permute(2, 0, 1), self.label(row)
 
 
-def adm_size(width: int, height: int, size: int) -> tuple[list[tuple[int, int]], tuple[int, int]]:
-    """((width, height) after each halving, (width, height) that the crop is taken from)."""
+class Plan(NamedTuple):
+    """How `adm_crop` treats an image: (width, height) after each halving and in the end, and the corner of the crop there."""
+
+    halved: list[tuple[int, int]]
+    scaled: tuple[int, int]
+    left: int
+    top: int
+
+
+def adm_plan(width: int, height: int, size: int, crop: Crop | None = None) -> Plan:
+    """The plan for an image of `width` × `height`."""
+    target = size if crop is None else size + math.floor(crop.zoom * (math.ceil(size / _MIN_SHARE) - size + 1))
     halved = []
-    while min(width, height) >= 2 * size:
+    while min(width, height) >= 2 * target:
         width, height = width // 2, height // 2
         halved.append((width, height))
-    scale = size / min(width, height)
-    return halved, (round(width * scale), round(height * scale))
+    scale = target / min(width, height)
+    scaled = round(width * scale), round(height * scale)
+    if scaled[0] * scaled[1] > _MAX_PIXELS:
+        raise ValueError(f"{width} × {height} pixels is too elongated to scale to {size}")
+    spare = scaled[0] - size, scaled[1] - size
+    if crop is None:
+        return Plan(halved, scaled, spare[0] // 2, spare[1] // 2)
+    return Plan(halved, scaled, math.floor(crop.left * (spare[0] + 1)), math.floor(crop.top * (spare[1] + 1)))
 
 
-def adm_crop(image: Image.Image, size: int) -> Image.Image:
-    """The central square of `image`, `size` × `size`; images smaller than that are enlarged."""
-    halved, (width, height) = adm_size(*image.size, size)
-    if width * height > _MAX_PIXELS:
-        raise ValueError(f"{image.width} × {image.height} pixels is too elongated to scale to {size}")
-    for smaller in halved:
+def adm_crop(image: Image.Image, size: int, crop: Crop | None = None) -> Image.Image:
+    """The central square of `image`, or a random one, `size` × `size`; images smaller than that are enlarged."""
+    plan = adm_plan(image.width, image.height, size, crop)
+    for smaller in plan.halved:
         image = image.resize(smaller, Image.Resampling.BOX)
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (width - size) // 2, (height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    image = image.resize(plan.scaled, Image.Resampling.BICUBIC)
+    return image.crop((plan.left, plan.top, plan.left + size, plan.top + size))
 
 
 def number_labels(values: Sequence[Any] | NDArray[Any], *, where: str) -> tuple[NDArray[np.int64], list[str]]:

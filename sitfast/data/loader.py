@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from sitfast import philox
 from sitfast.data import Batch, Mapped, Source, Unreadable
+from sitfast.data.image import Crop, EncodedImages
 from sitfast.data.quarantine import Quarantine
 from sitfast.data.sampler import BlockOrder, Order, micro_batches
 from sitfast.errors import SitfastError
@@ -58,7 +59,7 @@ class Loader:
         indices = micro_batches(
             consumed, batch_size=data.batch_size, accumulate=accumulate, rank=rank, world_size=world_size
         )
-        settings = {"seed": seed, "flip": data.flip, "patience": patience}
+        settings = {"seed": seed, "flip": data.flip, "random_crop": data.crop == "random", "patience": patience}
         reader = Reader(source, rows, **settings)
         if data.decoder == "dali":
             from sitfast.data import dali
@@ -177,11 +178,14 @@ class _Answering(Dataset):
 class Reader(_Answering):
     """A micro-batch, given its global sample indices. Every worker answers alike."""
 
-    def __init__(self, source: Source, rows: NDArray[np.int64], *, seed: int, flip: bool, patience: int) -> None:
+    def __init__(
+        self, source: Source, rows: NDArray[np.int64], *, seed: int, flip: bool, random_crop: bool, patience: int
+    ) -> None:
         self.source = source
         self.rows = rows
         self.seed = seed
         self.flip = flip
+        self.random_crop = random_crop
         self.patience = patience
         self.mapped = source if isinstance(source, Mapped) else None
         self.begun = False  # whether this process has asked the disk for the first window
@@ -197,12 +201,18 @@ class Reader(_Answering):
             self.begun = True
             self.mapped.read_ahead(self.rows[self.order.ahead(index.numpy())])
             return *self.mapped.gather(self.rows[positions], mirrored), index
-        images, labels = zip(*(self._load(int(position), unreadable) for position in positions), strict=True)
+        draws = (
+            philox.uniform(self.seed, index, philox.Stream.CROP, 3).tolist() if self.random_crop else [None] * len(item)
+        )
+        crops = [draw and Crop(*draw) for draw in draws]
+        images, labels = zip(
+            *(self._load(*each, unreadable) for each in zip(positions, crops, strict=True)), strict=True
+        )
         return self.collate(images, mirrored), torch.tensor(labels), index
 
-    def fetch(self, row: int) -> tuple[Any, int]:
+    def fetch(self, row: int, crop: Crop | None) -> tuple[Any, int]:
         """One row of the source; `Unreadable` where that fails."""
-        return self.source.load(row)
+        return self.source.load(row, crop) if isinstance(self.source, EncodedImages) else self.source.load(row)
 
     def collate(self, images: tuple[Any, ...], mirrored: Tensor | None) -> Any:
         """What `fetch` gave for each place of a micro-batch as one, mirrored where `mirrored` `[B]` says so."""
@@ -211,11 +221,11 @@ class Reader(_Answering):
             x[mirrored] = x[mirrored].flip(-1)
         return x
 
-    def _load(self, position: int, unreadable: list[tuple[str, str]]) -> tuple[Any, int]:
+    def _load(self, position: np.int64, crop: Crop | None, unreadable: list[tuple[str, str]]) -> tuple[Any, int]:
         """The row at `position`, or the first readable one after it."""
         for offset in range(self.patience):
             try:
-                return self.fetch(int(self.rows[(position + offset) % len(self.rows)]))
+                return self.fetch(int(self.rows[(int(position) + offset) % len(self.rows)]), crop)
             except Unreadable as error:
                 unreadable.append((error.name, error.reason))
         latest = ": ".join(unreadable[-1])

@@ -119,6 +119,42 @@ def odd_files():
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_random_crops_are_those_of_pillow(dali, tmp_path, device):
+    china, flower = photographs()
+    path = write(
+        tmp_path / "images", {"0.jpg": jpeg(china), "1.jpg": jpeg(flower.crop((1, 2, 402, 403))), "2.jpg": jpeg(flower)}
+    )
+    _, by_dali = batches(path, 150, 6, device=device, crop="random")
+    _, by_pillow = batches(path, 150, 6, device=device, crop="random", decoder="pil")
+    _, central = batches(path, 150, 6, device=device, decoder="pil")
+    for ours, expected, centre in zip(by_dali, by_pillow, central, strict=True):
+        assert (ours.x - expected.x).abs().mul(127.5).flatten(1).mean(dim=1).max() <= 0.5
+        assert (ours.x - centre.x).abs().mul(127.5).flatten(1).mean(dim=1).min() > 2
+
+
+def test_corrupt_jpegs_do_not_end_the_run(dali, tmp_path):
+    """Bytes changed, left out and cut off inside the file, with the end mark in place."""
+    generator = np.random.default_rng(0)
+    whole = jpeg(photographs()[0].resize((200, 150)))
+    files = {}
+    for number in range(24):
+        content = bytearray(whole)
+        if number % 3 == 0:
+            content[generator.integers(20, 600)] ^= 1 << generator.integers(0, 8)
+        elif number % 3 == 1:
+            start = generator.integers(300, len(whole) - 300)
+            del content[start : start + 200]
+        else:
+            content[generator.integers(300, len(whole)) :] = b"\xff\xd9"
+        files[f"{number:02}.jpg"] = bytes(content)
+    path = write(tmp_path / "images", files)
+    _, by_dali = batches(path, 64, 12, max_unreadable=1.0)
+    _, by_pillow = batches(path, 64, 12, max_unreadable=1.0, decoder="pil")
+    for ours, expected in zip(by_dali, by_pillow, strict=True):
+        assert torch.equal(ours.index, expected.index) and ours.x.shape == expected.x.shape
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_odd_and_broken_files_fare_as_with_pillow(dali, tmp_path, num_workers, device):
     path = write(tmp_path / "images", odd_files())
@@ -145,7 +181,7 @@ def test_a_batch_that_dali_refuses_is_decoded_by_pillow(dali, tmp_path, monkeypa
     files = {name: content for name, content in odd_files().items() if name in ("0.jpg", "7.jpg", "9.png")}
     path = write(tmp_path / "images", files)
     _, by_pillow = batches(path, 64, 8, decoder="pil", flip=False, batch_size=1)
-    monkeypatch.setattr(module, "plan", lambda content, size: [0.0, 0.0, 0.0, 100.0, 100.0, *[0.0] * 9])
+    monkeypatch.setattr(module, "plan", lambda content, size, crop: [0.0, 0.0, 0.0, 100.0, 100.0, *[0.0] * 9])
     original = module.Decoder._submit
 
     def corrupting(self, loaded):

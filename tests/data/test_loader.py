@@ -60,6 +60,7 @@ def settings(**changes):
             "flip": False,
             "max_unreadable": 0.5,
             "decoder": "pil",
+            "crop": "center",
             **changes,
         }
     )
