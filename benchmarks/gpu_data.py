@@ -262,7 +262,7 @@ def dali(seconds: float) -> None:
             cases = [(load, threads) for threads in (12, 8) for load in (0.65, 0.0, 0.9)] if GPU else [(0.0, 2)]
             for load, threads in cases:
                 if left(seconds):
-                    changes = {"num_workers": min(8, cores), "decoder_threads": threads, "hw_decoder_load": load}
+                    changes = {"num_workers": min(4, cores), "decoder_threads": threads, "hw_decoder_load": load}
                     config = data_config("folder", folder, decoder="dali", **changes)
                     attempt(f"  {threads} threads, hardware decoder {load:.0%}", lambda c=config: loader_rate(c))
             workers = {"num_workers": cores}
