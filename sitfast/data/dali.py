@@ -220,8 +220,9 @@ class Decoder:
             return decoded
         count = len(batch.places) + len(batch.pixel_places)
         x = torch.empty(count, self.size, self.size, 3, dtype=torch.uint8, device=self.device).permute(0, 3, 1, 2)
-        x[batch.places.to(self.device)] = decoded[: len(batch.places)]
-        x[batch.pixel_places.to(self.device)] = batch.pixels.to(self.device)
+        there = {"device": self.device, "non_blocking": True}
+        x[batch.places.to(**there)] = decoded[: len(batch.places)]
+        x[batch.pixel_places.to(**there)] = batch.pixels.to(**there)
         return x
 
 
