@@ -50,6 +50,7 @@ class DataConfig(Section):
     split: str = "train"  # hf
     image_column: str = "image"  # hf
     label_column: str | None = "label"  # hf, and the .json members of webdataset; null is one class for all
+    caption_column: str | None = None  # the same, or .txt members; null is no texts
     image_size: Positive = 256  # pixels a side
     batch_size: Positive = 256  # global: over all ranks and accumulated micro-batches
     num_workers: Count = 8  # decoding processes a rank; 0 decodes in the training process
@@ -392,6 +393,8 @@ def _combinations(cfg: Config) -> Iterator[Problem]:
     }
     if data.source in places and data.path is None:
         yield problem("data.source", "data.path", rule=f"name {places[data.source]} in data.path")
+    if data.caption_column is not None and data.source in ("digits", "folder"):
+        yield problem("data.caption_column", "data.source", rule="there are no texts; use data.caption_column=null")
     if data.decoder == "dali" and data.source in ("digits", "latents"):
         yield problem("data.decoder", "data.source", rule="there are no image files to decode; use data.decoder=pil")
     if data.crop == "random" and data.source in ("digits", "latents"):

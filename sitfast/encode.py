@@ -54,6 +54,7 @@ def encode(
         "source": cfg.data.source,
         "num_rows": source.num_rows,
         "shard_rows": shard_rows,
+        "texts": cfg.data.caption_column,
     }
     num_shards = -(-source.num_rows // shard_rows)
     missing = [k for k in range(num_shards) if not _is_done(out / latents.shard_name(k), job)]
@@ -117,10 +118,12 @@ def _encode_shards(
     started, encoded = time.perf_counter(), 0
     for done, (number, rows) in enumerate(rows_of.items(), start=1):
         stored = torch.empty((len(rows), job["views"], *job["shape"]), dtype=latents.DTYPES[job["dtype"]])
+        texts: list[str] = []
         labels, kept, count = np.empty(len(rows), np.int64), np.empty(len(rows), np.int64), 0
         sums = torch.zeros(2, job["shape"][1], dtype=torch.float64, device=world.device)
         for _ in range(0, len(rows), size):
-            values, y, index = next(moments)
+            values, y, index, captions = next(moments)
+            texts += captions
             here = slice(count, count + len(index))
             stored[here], labels[here], kept[here] = values.to(stored.dtype), y.cpu(), index.cpu()
             count += len(index)
@@ -128,7 +131,14 @@ def _encode_shards(
             sums += torch.stack([mean.sum((0, 1, 3, 4)), (mean**2 + std**2).sum((0, 1, 3, 4))])
         _check_finite(stored[:count], kept[:count], job["dtype"])
         latents.write_shard(
-            out, number, job=job, moments=stored[:count], labels=labels[:count], rows=kept[:count], sums=sums.tolist()
+            out,
+            number,
+            job=job,
+            moments=stored[:count],
+            labels=labels[:count],
+            rows=kept[:count],
+            sums=sums.tolist(),
+            texts=texts if job["texts"] else None,
         )
         encoded += count
         rate = encoded / (time.perf_counter() - started)
@@ -137,12 +147,12 @@ def _encode_shards(
 
 
 def _ahead(batches: Iterator[Any], vae: AutoencoderVAE, *, views: int, quarantine: Quarantine) -> Iterator[Any]:
-    """(moments `[B, V, 2, C, h, w]`, labels, rows) of each batch, handed out once the next one is queued on the device."""
+    """(moments `[B, V, 2, C, h, w]`, labels, rows, texts) of each batch, handed out once the next one is queued on the device."""
     waiting = None
     for batch, unreadable in batches:
         quarantine.add(unreadable)
         parts = [torch.stack(vae.moments(x), 1) for x in (batch.x, batch.x.flip(-1))[:views]] if len(batch.x) else []
-        queued = (torch.stack(parts, 1) if parts else _nothing(vae, views, batch), batch.y, batch.index)
+        queued = (torch.stack(parts, 1) if parts else _nothing(vae, views, batch), batch.y, batch.index, batch.captions)
         if waiting is not None:
             yield waiting
         waiting = queued

@@ -85,6 +85,7 @@ def test_an_unknown_key_gets_a_suggestion(override, hint):
         ["data.source=latents", "data.path=null"],
         ["data.source=latents", "vae.id=null"],
         ["data.source=latents", "data.crop=random"],
+        ["data.caption_column=text"],
         ["data.source=latents", "data.decoder=dali"],
         ["vae.scale=0"],
     ],

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from PIL import Image
 from safetensors.torch import load_file
 
 from sitfast import config, data, encode, parallel
@@ -161,6 +162,21 @@ def test_unreadable_images_are_left_out_and_listed(images, image_folder, tmp_pat
     assert [cached.load(row)[1] for row in range(34)] == [source.load(row)[1] for row in rows]
     with pytest.raises(SitfastError, match=r"1 of 36 images .* more than data.max_unreadable=0.0"):
         run(tmp_path / "strict", *images, "data.max_unreadable=0.0")
+
+
+def test_texts_are_kept(images, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    source = data.build_source(config.load(None, images).data)
+    pixels = [Image.fromarray(source.load(row)[0].permute(1, 2, 0).numpy()) for row in range(36)]
+    texts = [f"image {row}" for row in range(36)]
+    table = datasets.Dataset.from_dict({"image": pixels, "label": [0] * 36, "text": texts})
+    table.save_to_disk(tmp_path / "saved")
+    settings = [*images, "data.source=hf", f"data.path={tmp_path / 'saved'}", "data.caption_column=text"]
+    run(tmp_path / "out", *settings)
+    cached = data.build_source(
+        config.load(None, [*images, "data.source=latents", f"data.path={tmp_path / 'out'}"]).data
+    )
+    assert [cached.caption(row) for row in range(36)] == texts
 
 
 def test_what_cannot_be_encoded(images, tmp_path):

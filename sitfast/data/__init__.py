@@ -54,6 +54,17 @@ class Source(Protocol):
 
 
 @runtime_checkable
+class Captioned(Source, Protocol):
+    """A source that may have a text beside each image."""
+
+    captioned: bool
+
+    def caption(self, row: int) -> str:
+        """Empty where there is none."""
+        ...
+
+
+@runtime_checkable
 class Mapped(Source, Protocol):
     """A source whose rows lie in mapped files: it fills whole batches, and reads best in its own order."""
 
@@ -72,7 +83,7 @@ class Mapped(Source, Protocol):
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch: x, labels y `[B]`, global sample indices `[B]`, names of replaced rows.
+    """One micro-batch: x, labels y `[B]`, global sample indices `[B]`, names of replaced rows, and texts where there are any.
 
     x is images `[B, C, H, W]`, or the moments of cached latents `[B, 2, C, h, w]`, which `vae.encode` takes as well.
     """
@@ -81,13 +92,14 @@ class Batch:
     y: Tensor
     index: Tensor
     skipped: tuple[str, ...] = ()
+    captions: tuple[str, ...] = ()
 
     def to(self, device: torch.device | str) -> Batch:
         """On the device, without waiting for the copy; uint8 pixels travel as such and become fp32 in [−1, 1] there."""
         x, y, index = (tensor.to(device, non_blocking=True) for tensor in (self.x, self.y, self.index))
         if x.dtype == torch.uint8:
             x = x.to(torch.float32).div_(127.5).sub_(1.0)
-        return Batch(x, y, index, self.skipped)
+        return Batch(x, y, index, self.skipped, self.captions)
 
 
 def build_source(data: DataConfig) -> Source:

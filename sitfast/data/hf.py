@@ -6,6 +6,7 @@
 
 Images stay encoded until a worker decodes them (`Image(decode=False)`), as bytes in the column `data.image_column` or as
 paths. Labels are whole numbers, a ClassLabel, or names, numbered in their sorted order; `data.label_column=null` is one class.
+Texts are in `data.caption_column`, if that is set.
 """
 
 from __future__ import annotations
@@ -26,8 +27,21 @@ if TYPE_CHECKING:
 class HubData(EncodedImages):
     """Rows of an Arrow table that is mapped into memory."""
 
-    def __init__(self, table: Any, where: str, *, image_size: int, image_column: str, label_column: str | None) -> None:
-        columns = {"data.image_column": image_column, "data.label_column": label_column}
+    def __init__(
+        self,
+        table: Any,
+        where: str,
+        *,
+        image_size: int,
+        image_column: str,
+        label_column: str | None,
+        caption_column: str | None,
+    ) -> None:
+        columns = {
+            "data.image_column": image_column,
+            "data.label_column": label_column,
+            "data.caption_column": caption_column,
+        }
         for field, column in columns.items():
             if column is not None and column not in table.column_names:
                 raise SitfastError(
@@ -56,6 +70,14 @@ class HubData(EncodedImages):
             kind = table.features[image_column]
             raise SitfastError(f"data.image_column={image_column!r} of {where} holds no images but {kind}") from error
 
+        self.captioned = caption_column is not None
+        if caption_column is not None:
+            kind = getattr(table.features[caption_column], "dtype", table.features[caption_column])
+            if kind not in ("string", "large_string"):
+                raise SitfastError(f"data.caption_column={caption_column!r} of {where} holds no text but {kind}")
+            self._texts = table.select_columns([caption_column])
+            self._caption_column = caption_column
+
     def name(self, row: int) -> str:
         return f"{self._where} row {row}"
 
@@ -67,6 +89,9 @@ class HubData(EncodedImages):
             return image["bytes"]
         with open(image["path"], "rb") as file:
             return file.read()
+
+    def caption(self, row: int) -> str:
+        return self._texts[row][self._caption_column] or ""
 
     def label(self, row: int) -> int:
         return int(self._labels[row])
@@ -95,6 +120,7 @@ def build(data: DataConfig) -> HubData:
         image_size=data.image_size,
         image_column=data.image_column,
         label_column=data.label_column,
+        caption_column=data.caption_column,
     )
 
 

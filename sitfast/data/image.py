@@ -48,6 +48,7 @@ class EncodedImages:
     num_classes: int
     image_size: int
     class_names: list[str]
+    captioned = False
 
     def name(self, row: int) -> str:
         """What a person would look for to find the row."""
@@ -58,6 +59,10 @@ class EncodedImages:
         raise NotImplementedError
 
     def label(self, row: int) -> int:
+        raise NotImplementedError
+
+    def caption(self, row: int) -> str:
+        """The text beside the image, of a source that is `captioned`."""
         raise NotImplementedError
 
     def load(self, row: int, crop: Crop | None = None) -> tuple[Tensor, int]:

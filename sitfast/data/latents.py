@@ -2,6 +2,7 @@
 
     folder/  manifest.json              VAE, image size, count, statistics; name, size and hash of every shard
              shard-00000.safetensors    moments [n, V, 2, C, h, w] fp16 or bf16 · label [n] int64 · row [n] int64
+                                        and, where there are texts, text [bytes] uint8 · text_end [n] int64
 
 V views (the image, and its mirror) of 2 moments (mean and standard deviation of the posterior), so that each epoch draws
 the posterior anew: `vae.encode` makes a latent of them. A shard covers a fixed range of the source's rows and says in its own
@@ -16,6 +17,7 @@ import hashlib
 import json
 import mmap
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -54,6 +56,7 @@ class Shard(NamedTuple):
     shape: tuple[int, ...]  # [count, V, 2, C, h, w]
     offset: int
     end: int
+    texts: tuple[int, int] | None  # where text and text_end begin in the file
     bytes: int
 
 
@@ -70,14 +73,20 @@ def write_shard(
     labels: NDArray[np.int64],
     rows: NDArray[np.int64],
     sums: list[list[float]],
+    texts: Sequence[str] | None = None,
 ) -> None:
-    """Write a shard, atomically: `moments` `[n, V, 2, C, h, w]`, labels and source rows `[n]`."""
+    """Write a shard, atomically: `moments` `[n, V, 2, C, h, w]`, labels, source rows and texts `[n]`."""
     names = {dtype: name for name, dtype in _NAMES.items()}
     parts = {
         "moments": (names[moments.dtype], moments.shape, moments.contiguous().view(torch.uint8).numpy().reshape(-1)),
         "label": ("I64", labels.shape, labels.view(np.uint8)),
         "row": ("I64", rows.shape, rows.view(np.uint8)),
     }
+    if texts is not None:
+        encoded = [text.encode() for text in texts]
+        ends = np.cumsum([len(text) for text in encoded], dtype=np.int64)
+        whole = np.frombuffer(b"".join(encoded), np.uint8)
+        parts |= {"text_end": ("I64", ends.shape, ends.view(np.uint8)), "text": ("U8", whole.shape, whole)}
     header: dict[str, Any] = {}
     digest, offset = hashlib.sha256(), 0
     for name, (dtype, shape, data) in parts.items():
@@ -106,7 +115,9 @@ def read_shard(path: Path) -> Shard:
         own = json.loads(header["__metadata__"]["sitfast"])
         moments = header["moments"]
         start, end = (8 + length + offset for offset in moments["data_offsets"])
-        expected = 8 + length + max(part["data_offsets"][1] for key, part in header.items() if key != "__metadata__")
+        parts = {key: part["data_offsets"] for key, part in header.items() if key != "__metadata__"}
+        begins = {key: 8 + length + offset for key, (offset, _) in parts.items()}
+        expected = 8 + length + max(offset for _, offset in parts.values())
         shard = Shard(
             path,
             own["job"],
@@ -118,6 +129,7 @@ def read_shard(path: Path) -> Shard:
             tuple(moments["shape"]),
             start,
             end,
+            (begins["text"], begins["text_end"]) if "text" in begins else None,
             expected,
         )
     except FileNotFoundError:
@@ -217,6 +229,7 @@ class Latents:
         self.class_names: list[str] = manifest["class_names"]
         self.num_classes = len(self.class_names)
         self.num_rows = manifest["count"]
+        self.captioned = self._shards[0].texts is not None
         self._window_mib = window_mib
         self._ends = np.cumsum([shard.count for shard in self._shards]).tolist()
         self._views, *self._shape = self._shards[0].shape[1:]
@@ -245,6 +258,15 @@ class Latents:
     def load(self, row: int) -> tuple[Tensor, int]:
         x, y = self.gather(np.array([row]), None)
         return x[0], int(y[0])
+
+    def caption(self, row: int) -> str:
+        number = bisect.bisect_right(self._ends, row)
+        shard, within = self._shards[number], row - (self._ends[number - 1] if number else 0)
+        assert shard.texts is not None
+        start, ends = shard.texts
+        bounds = np.frombuffer(self._maps[number], np.int64, shard.count, ends)
+        begin = int(bounds[within - 1]) if within else 0
+        return self._maps[number][start + begin : start + int(bounds[within])].decode()
 
     def order(self, num_rows: int, seed: int) -> BlockOrder:
         block = max(1, _BLOCK_BYTES // self._row_bytes)

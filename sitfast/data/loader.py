@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from sitfast import philox
-from sitfast.data import Batch, Mapped, Source, Unreadable
+from sitfast.data import Batch, Captioned, Mapped, Source, Unreadable
 from sitfast.data.image import Crop, EncodedImages
 from sitfast.data.quarantine import Quarantine
 from sitfast.data.sampler import BlockOrder, Order, micro_batches
@@ -147,11 +147,12 @@ class Loaded(NamedTuple):
     unreadable: list[tuple[str, str]]
     failure: str = ""
     detail: str = ""
+    captions: tuple[str, ...] = ()
 
     def batch(self) -> Batch:
         if self.failure:
             raise SitfastError(self.failure) from (RuntimeError(self.detail) if self.detail else None)
-        return Batch(self.x, self.y, self.index, tuple(dict(self.unreadable)))
+        return Batch(self.x, self.y, self.index, tuple(dict(self.unreadable)), self.captions)
 
 
 class _Answering(Dataset):
@@ -161,7 +162,7 @@ class _Answering(Dataset):
         unreadable: list[tuple[str, str]] = []
         failure, detail = "", ""
         try:
-            return Loaded(*self.read(item, unreadable), unreadable)
+            return self.read(item, unreadable)
         except SitfastError as error:
             failure = str(error)
         except Exception as error:
@@ -170,8 +171,8 @@ class _Answering(Dataset):
         none = torch.empty(0)
         return Loaded(none, none, none, unreadable, failure, detail)
 
-    def read(self, item: Any, unreadable: list[tuple[str, str]]) -> tuple[Any, Tensor, Tensor]:
-        """(x, y, index); (name, reason) of what could not be read is added to `unreadable`."""
+    def read(self, item: Any, unreadable: list[tuple[str, str]]) -> Loaded:
+        """(name, reason) of what could not be read is added to `unreadable`."""
         raise NotImplementedError
 
 
@@ -191,7 +192,7 @@ class Reader(_Answering):
         self.begun = False  # whether this process has asked the disk for the first window
         self.order = self.mapped.order(len(rows), seed) if self.mapped else Order(len(rows), seed)
 
-    def read(self, item: list[int], unreadable: list[tuple[str, str]]) -> tuple[Any, Tensor, Tensor]:
+    def read(self, item: list[int], unreadable: list[tuple[str, str]]) -> Loaded:
         index = torch.tensor(item)
         positions = self.order.rows(index.numpy())
         mirrored = philox.uniform(self.seed, index, philox.Stream.FLIP) < 0.5 if self.flip else None
@@ -200,15 +201,15 @@ class Reader(_Answering):
                 self.mapped.read_ahead(self.rows[self.order.window_of(item[0])])
             self.begun = True
             self.mapped.read_ahead(self.rows[self.order.ahead(index.numpy())])
-            return *self.mapped.gather(self.rows[positions], mirrored), index
-        draws = (
-            philox.uniform(self.seed, index, philox.Stream.CROP, 3).tolist() if self.random_crop else [None] * len(item)
-        )
-        crops = [draw and Crop(*draw) for draw in draws]
-        images, labels = zip(
-            *(self._load(*each, unreadable) for each in zip(positions, crops, strict=True)), strict=True
-        )
-        return self.collate(images, mirrored), torch.tensor(labels), index
+            rows = self.rows[positions]
+            return Loaded(*self.mapped.gather(rows, mirrored), index, unreadable, captions=_captions(self.source, rows))
+        crops: list[Crop | None] = [None] * len(item)
+        if self.random_crop:
+            crops = [Crop(*draw) for draw in philox.uniform(self.seed, index, philox.Stream.CROP, 3).tolist()]
+        loaded = [self._load(*each, unreadable) for each in zip(positions, crops, strict=True)]
+        images, labels, rows = zip(*loaded, strict=True)
+        x = self.collate(images, mirrored)
+        return Loaded(x, torch.tensor(labels), index, unreadable, captions=_captions(self.source, rows))
 
     def fetch(self, row: int, crop: Crop | None) -> tuple[Any, int]:
         """One row of the source; `Unreadable` where that fails."""
@@ -221,11 +222,12 @@ class Reader(_Answering):
             x[mirrored] = x[mirrored].flip(-1)
         return x
 
-    def _load(self, position: np.int64, crop: Crop | None, unreadable: list[tuple[str, str]]) -> tuple[Any, int]:
-        """The row at `position`, or the first readable one after it."""
+    def _load(self, position: np.int64, crop: Crop | None, unreadable: list[tuple[str, str]]) -> tuple[Any, int, int]:
+        """(image, label, row) of the row at `position`, or of the first readable one after it."""
         for offset in range(self.patience):
+            row = int(self.rows[(int(position) + offset) % len(self.rows)])
             try:
-                return self.fetch(int(self.rows[(int(position) + offset) % len(self.rows)]), crop)
+                return *self.fetch(row, crop), row
             except Unreadable as error:
                 unreadable.append((error.name, error.reason))
         latest = ": ".join(unreadable[-1])
@@ -238,12 +240,11 @@ class _Chunks(_Answering):
     def __init__(self, source: Source) -> None:
         self.source = source
 
-    def read(
-        self, item: tuple[NDArray[np.int64], NDArray[np.int64]], unreadable: list[tuple[str, str]]
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def read(self, item: tuple[NDArray[np.int64], NDArray[np.int64]], unreadable: list[tuple[str, str]]) -> Loaded:
         images: list[Tensor] = []
         labels: list[int] = []
         index: list[int] = []
+        rows: list[int] = []
         for number, row in zip(*item, strict=True):
             try:
                 image, label = self.source.load(int(row))
@@ -253,8 +254,17 @@ class _Chunks(_Answering):
                 images.append(image)
                 labels.append(label)
                 index.append(int(number))
+                rows.append(int(row))
         x = torch.stack(images) if images else torch.empty(0)
-        return x, torch.tensor(labels, dtype=torch.int64), torch.tensor(index, dtype=torch.int64)
+        y, numbers = (torch.tensor(values, dtype=torch.int64) for values in (labels, index))
+        return Loaded(x, y, numbers, unreadable, captions=_captions(self.source, rows))
+
+
+def _captions(source: Source, rows: Iterable[int]) -> tuple[str, ...]:
+    """The texts of `rows`; none where the source has none."""
+    if isinstance(source, Captioned) and source.captioned:
+        return tuple(source.caption(int(row)) for row in rows)
+    return ()
 
 
 def _start(

@@ -93,6 +93,10 @@ def test_columns_that_are_not_there_or_hold_no_images(tmp_path):
         build(tmp_path / "saved", image_column="jpg")
     with pytest.raises(SitfastError, match=r"data.label_column='class' is no column"):
         build(tmp_path / "saved", label_column="class")
+    with pytest.raises(SitfastError, match=r"data.caption_column='words' is no column"):
+        build(tmp_path / "saved", caption_column="words")
+    with pytest.raises(SitfastError, match=r"data.caption_column='size' of .* holds no text but int64"):
+        build(tmp_path / "saved", caption_column="size")
     with pytest.raises(SitfastError, match=r"data.image_column='size' of .* holds no images but Value"):
         build(tmp_path / "saved", image_column="size")
     table().select([]).to_parquet(tmp_path / "empty.parquet")

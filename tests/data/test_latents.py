@@ -31,7 +31,7 @@ def test_shards_are_ordinary_safetensors_files(folder):
     expected = torch.from_numpy(np.random.default_rng(0).normal(size=(ROWS, 2, 2, 4, 32, 32))).half()
     for k, count in enumerate([10, 10, 10, 7]):
         with safe_open(folder / f"shard-0000{k}.safetensors", framework="pt") as file:
-            assert set(file.keys()) == {"moments", "label", "row"}
+            assert set(file.keys()) == {"moments", "label", "row", "text", "text_end"}
             rows = np.arange(10 * k, 10 * k + count)
             assert torch.equal(file.get_tensor("moments"), expected[rows])
             assert file.get_tensor("row").tolist() == rows.tolist()

@@ -26,7 +26,8 @@ def data(source, path, **changes):
     return SimpleNamespace(**{
         "source": source, "path": str(path), "image_size": SIZE, "batch_size": 24, "num_workers": 0, "prefetch": 2,
         "flip": True, "max_unreadable": 0.1, "window_mib": 1, "verify": True, "split": "train", "image_column": "image",
-        "label_column": "label", "decoder": "pil", "crop": "center", "decoder_threads": 1, "hw_decoder_load": 0.0, **changes,
+        "label_column": "label", "caption_column": None,
+        "decoder": "pil", "crop": "center", "decoder_threads": 1, "hw_decoder_load": 0.0, **changes,
     })  # fmt: skip
 
 
@@ -51,11 +52,17 @@ def cached(path, rows_each=10):
     for k in shards:
         rows = np.arange(k * rows_each, min((k + 1) * rows_each, ROWS))
         latents.write_shard(
-            path, k, job=job, moments=moments[rows], labels=rows % 5, rows=rows, sums=[[0.0] * 4, [1.0] * 4]
-        )
+            path, k, job=job, moments=moments[rows], labels=rows % 5, rows=rows, sums=[[0.0] * 4, [1.0] * 4],
+            texts=[text(int(number)) for number in rows],
+        )  # fmt: skip
     about = {"channels": 3, "class_names": list("abcde")}
     latents.write_manifest(path, [latents.read_shard(path / latents.shard_name(k)) for k in shards], about=about)
     return data("latents", path)
+
+
+def text(number: int) -> str:
+    """Of every length, empty among them, and not ASCII alone."""
+    return "né " * (number % 4) + str(number) * (number % 4 > 0)
 
 
 def table():
@@ -63,12 +70,13 @@ def table():
     datasets = pytest.importorskip("datasets")
     images = [{"bytes": png(picture), "path": None} for picture in pictures()]
     content = {"image": images, "label": [number % 5 for number in range(ROWS)]}
+    content["text"] = [text(number) for number in range(ROWS)]
     return datasets.Dataset.from_dict(content).cast_column("image", datasets.Image())
 
 
 def arrow(path):
     table().save_to_disk(path / "saved")
-    return data("hf", path / "saved")
+    return data("hf", path / "saved", caption_column="text")
 
 
 def parquet(path):
@@ -80,11 +88,16 @@ def tars(path):
     for shard in range(2):
         with tarfile.open(path / f"{shard}.tar", "w") as tar:
             for number in range(shard * 20, min(ROWS, shard * 20 + 20)):
-                for kind, content in (("png", png(pictures()[number])), ("cls", str(number % 5).encode())):
+                members = {
+                    "png": png(pictures()[number]),
+                    "cls": str(number % 5).encode(),
+                    "txt": text(number).encode(),
+                }
+                for kind, content in members.items():
                     info = tarfile.TarInfo(f"{number:04}.{kind}")
                     info.size = len(content)
                     tar.addfile(info, io.BytesIO(content))
-    return data("webdataset", path)
+    return data("webdataset", path, caption_column="text")
 
 
 BUILDERS = {"folder": folder, "latents": cached, "arrow": arrow, "parquet": parquet, "tars": tars}
@@ -147,6 +160,11 @@ def test_every_epoch_has_each_row_once(settings, world_size):
     assert torch.equal(index, torch.arange(9 * 24))
     rows = [known[image.contiguous().numpy().tobytes()] for image in x]
     assert y.tolist() == [source.load(row)[1] for row in rows]
+    captions = {int(i): caption for b in batches for i, caption in zip(b.index, b.captions, strict=False)}
+    if settings.caption_column or settings.source == "latents":
+        assert [captions[i].strip() for i in range(9 * 24)] == [text(row).strip() for row in rows]
+    else:
+        assert not captions
     epochs = [rows[start : start + 35] for start in range(0, 9 * 24 - 34, 35)]
     assert all(sorted(epoch) == list(range(2, ROWS)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == len(epochs) == 6

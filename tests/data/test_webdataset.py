@@ -82,6 +82,24 @@ def test_labels_of_every_kind(tmp_path):
             build(tmp_path / "bad.tar")
 
 
+def test_texts(tmp_path):
+    pack(
+        tmp_path / "json.tar",
+        samples(range(3), lambda n: {"json": json.dumps({"label": 0, "text": f"né {n}"}).encode()}),
+    )
+    assert [build(tmp_path / "json.tar", caption_column="text").caption(row) for row in range(3)] == [
+        "né 0",
+        "né 1",
+        "né 2",
+    ]
+    assert not build(tmp_path / "json.tar").captioned
+    with pytest.raises(SitfastError, match=r"train/0000.json holds no text 'words' \(KeyError\)"):
+        build(tmp_path / "json.tar", caption_column="words")
+    pack(tmp_path / "none.tar", samples(range(3)))
+    with pytest.raises(SitfastError, match=r"'train/0000' has neither .txt nor .json; add its text"):
+        build(tmp_path / "none.tar", caption_column="text")
+
+
 def test_names_up_to_the_first_dot_are_one_sample(tmp_path):
     image = png(pictures()[0])
     members = [
