@@ -200,11 +200,12 @@ def loader_rate(data: SimpleNamespace, *, seconds: float = 4.0, warmup: int = 12
 def latents(seconds: float) -> None:
     from sitfast.data import latents as shards
 
-    side, num, each = SIZE // 8, 8 * 4096 if GPU else 512, 4096 if GPU else 256
+    side, each = 32, 8192  # of 256 px; 256 MiB a shard
+    num = 6 * each
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         moments = torch.randn(each, 2, 2, 4, side, side).half()
-        job = {"vae": {"id": "random", "sha256": ""}, "image_size": SIZE, "views": 2, "num_rows": num}
+        job = {"vae": {"id": "random", "sha256": ""}, "image_size": 256, "views": 2, "num_rows": num}
         for k in range(num // each):
             rows = np.arange(k * each, (k + 1) * each)
             shards.write_shard(
@@ -213,12 +214,13 @@ def latents(seconds: float) -> None:
         paths = sorted(folder.glob("shard-*"))
         about = {"channels": 3, "class_names": [str(i) for i in range(1000)]}
         shards.write_manifest(folder, [shards.read_shard(path) for path in paths], about=about)
-        for workers in (0, 1, 4):
-            warmup = 2 * num // 256
-            attempt(
-                f"latents of {2 * 4 * side * side * 2 // 1024} KiB, {workers} workers",
-                lambda w=workers, n=warmup: loader_rate(data_config("latents", folder, num_workers=w), warmup=n),
-            )
+        for workers in (0, 1, 4) if GPU else (0, 1):
+            for flip in (True, False):
+                changes = {"num_workers": workers, "flip": flip, "image_size": 256}
+                attempt(
+                    f"moments of 16 KiB, {workers} workers, {'flips' if flip else 'no flips'}",
+                    lambda c=changes: loader_rate(data_config("latents", folder, **c), warmup=num // 256),
+                )
 
 
 # ----------------------------------------------------------------------------------------------------------------- dali

@@ -275,7 +275,7 @@ class Latents:
 
     def gather(self, rows: NDArray[np.int64], mirrored: Tensor | None) -> tuple[Tensor, Tensor]:
         """Moments `[B, 2, C, h, w]` and labels `[B]`."""
-        x = torch.empty((len(rows), *self._shape), dtype=self._dtype)
+        x = _empty((len(rows), *self._shape), self._dtype)
         out, moments, views, ends = x.view(torch.uint16).numpy(), self._moments, self._views, self._ends
         view = [0] * len(rows) if mirrored is None else mirrored.tolist()
         for i, row in enumerate(rows.tolist()):
@@ -308,6 +308,15 @@ class Latents:
                 f"the latents in {self.folder} were made by the VAE {made_by['id']!r}, and {given} is another one;"
                 " name the VAE that made them, or encode again"
             )
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A new tensor; in a worker process in shared memory, where it would have to be copied on its way out."""
+    x = torch.empty(0, dtype=dtype)
+    if torch.utils.data.get_worker_info() is None:
+        return x.new_empty(shape)
+    storage = x._typed_storage()._new_shared(int(np.prod(shape)))
+    return x.new(storage).view(shape)
 
 
 def _labels(shard: Shard) -> NDArray[np.int64]:
