@@ -113,6 +113,7 @@ def test_a_killed_run_is_finished_without_doing_a_shard_again(images, tmp_path):
     assert resumed.returncode == 0, resumed.stderr
     assert "36 images in 4 shards of 10; 2 are there already" in resumed.stdout
     assert "36 latents in 4 shards\n" in resumed.stdout
+    assert "shard 1 of 1 of this rank" in resumed.stdout  # the two that were missing, shared out
     assert shards(tmp_path / "out") == shards(tmp_path / "straight")
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         *sorted(["manifest.json", *shards(tmp_path / "out")])

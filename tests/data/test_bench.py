@@ -28,8 +28,17 @@ def test_a_slow_source_shows(tiny, image_folder, capsys, monkeypatch, tmp_path):
         time.sleep(0.005)
         return original(*args)
 
+    class Ready(command.Loader):
+        """Has batches ready when the measurement begins."""
+
+        def __init__(self, *args, **settings):
+            super().__init__(*args, **settings)
+            time.sleep(0.5)
+
     monkeypatch.setattr(Folder, "load", slow)
+    monkeypatch.setattr(command, "Loader", Ready)
     run = [*tiny, "data.source=folder", f"data.path={image_folder}", "model.num_classes=3", "data.num_workers=1"]
+    run.append("data.prefetch=8")
     assert command.main([*run, "--bench", "--seconds", "0.5", "--steps", "10"]) == 0
     out = capsys.readouterr().out
     found = rates(out)

@@ -89,11 +89,12 @@ def test_what_pillow_is_to_see_to(tmp_path):
     whole = jpeg(image)
     assert module.plan(jpeg(image, exif=upright), 64) is not None
     rgb = jpeg(image, keep_rgb=True)
+    adobe = whole[:2] + b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x00" + whole[2:]  # says: no colour transform
     png = io.BytesIO()
     image.save(png, format="PNG")
     for content in (
         jpeg(image, exif=rotated), jpeg(image.convert("CMYK")), whole[:-1], whole[:2000], b"", b"\xff\xd8\xff\xd9",
-        whole + b"x", rgb, png.getvalue(), jpeg(image.resize((1700, 100))), jpeg(image.resize((1024, 1030))),
+        whole + b"x", rgb, adobe, png.getvalue(), jpeg(image.resize((1700, 100))), jpeg(image.resize((1024, 1030))),
     ):  # fmt: skip
         assert module.plan(content, 64) is None
 

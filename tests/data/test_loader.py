@@ -164,6 +164,20 @@ def test_an_unreadable_row_is_replaced_by_the_next_readable_one():
     assert skipped == {"row-5", "row-6", f"row-{ROWS - 1}"}
 
 
+def test_texts_are_those_of_the_rows_that_came():
+    class Captioned(Numbers):
+        captioned = True
+
+        def caption(self, row):
+            return f"row {row}"
+
+    for batch in take(loader(Captioned(broken=[5, 6, ROWS - 1])), 4):
+        assert batch.captions == tuple(f"row {row}" for row in rows_of(batch))
+    (batch,) = fixed_batches(Captioned(broken=[3]), np.arange(2, 5), batch_size=5, device="cpu")
+    assert batch.captions == ("row 2", "row 4")
+    assert take(loader(), 1)[0].captions == ()
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_quarantine_lists_each_image_once_also_across_restarts(tmp_path, num_workers):
     file = tmp_path / "run" / "quarantine.tsv"
