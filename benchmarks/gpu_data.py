@@ -1,8 +1,9 @@
-"""Data on one GPU: python -m benchmarks.gpu_data vae|latents|dali [--seconds 100]
+"""Data on one GPU: python -m benchmarks.gpu_data vae|latents|dali|train [--seconds 100]
 
 vae      encode of SD's VAE (random weights) at 256 px: images/s by precision, layout, compiler and batch, and where its time goes
 latents  samples/s of the loader of cached latents into GPU memory, with workers and without
 dali     images/s of JPEGs decoded by DALI through our loader, by share of the hardware decoder and threads; pixels against Pillow
+train    SiT-B/2 from JPEGs through the VAE, with Pillow and with DALI, then from cached latents: the share of time spent waiting
 
 Figures are of the whole path that a run takes; medians where a call is repeated.
 """
@@ -114,6 +115,10 @@ def vae(seconds: float) -> None:
     for batch in (32, 128):
         if left(seconds):
             attempt(f"compiled, cudnn.benchmark, B = {batch}", lambda b=batch: measure(compiled, bf16(b)))
+    if GPU and left(seconds):  # slow to compile: last
+        torch.compiler.reset()
+        tuned = torch.compile(encode, dynamic=False, mode="max-autotune-no-cudagraphs")
+        attempt("max-autotune, cudnn.benchmark, B = 64", lambda: measure(tuned, bf16(64)))
 
 
 def encoder_of(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -291,12 +296,44 @@ def pixels(folder: Path) -> str:
     return f"worst mean {difference.mean(dim=1).max():.3f}, largest {difference.max():.0f}"
 
 
+# ---------------------------------------------------------------------------------------------------------------- train
+
+
+def train(seconds: float) -> None:
+    from sitfast import encode
+    from sitfast.data.__main__ import main as bench
+
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        sd_vae().save_pretrained(root / "vae")
+        photographs(root / "images", kilobytes=110 if GPU else 5, width=500, height=375, num=4096 if GPU else 64)
+        common = [
+            "--config", "configs/b2.yaml", f"data.path={root / 'images'}", f"vae.id={root / 'vae'}", f"data.image_size={SIZE}",
+            f"data.num_workers={min(14, os.cpu_count() or 1)}",
+        ]  # fmt: skip
+        if not GPU:
+            common += ["data.batch_size=8", "train.precision=fp32", "model.preset=null", "model.patch_size=2"]
+            common += ["model.hidden_size=16", "model.depth=1", "model.num_heads=2", "data.prefetch=1"]
+        measure = ["--bench", "--seconds", "3", "--steps", "40" if GPU else "2"]
+        latents_of = ["data.source=latents", f"data.path={root / 'latents'}", "data.num_workers=2"]
+        cases: dict[str, Callable[[], Any]] = {
+            "JPEG, Pillow": lambda: bench([*common, *measure]),
+            "JPEG, DALI": lambda: bench([*common, "data.decoder=dali", "data.num_workers=4", *measure]),
+            "encode": lambda: encode.main([*common, "--out", str(root / "latents")]),
+            "latents": lambda: bench([*common, *latents_of, *measure]),
+        }
+        for case, run in cases.items():
+            if left(seconds):
+                print(f"--- {case}", flush=True)
+                attempt(case, lambda r=run: str(r()))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("vae", "latents", "dali"))
+    parser.add_argument("what", choices=("vae", "latents", "dali", "train"))
     parser.add_argument("--seconds", type=float, default=100, help="start nothing after this long")
     args = parser.parse_args()
-    {"vae": vae, "latents": latents, "dali": dali}[args.what](args.seconds)
+    {"vae": vae, "latents": latents, "dali": dali, "train": train}[args.what](args.seconds)
 
 
 if __name__ == "__main__":

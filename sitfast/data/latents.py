@@ -15,6 +15,7 @@ from __future__ import annotations
 import bisect
 import hashlib
 import json
+import math
 import mmap
 import os
 from collections.abc import Sequence
@@ -132,6 +133,8 @@ def read_shard(path: Path) -> Shard:
             (begins["text"], begins["text_end"]) if "text" in begins else None,
             expected,
         )
+        if end - start != 2 * math.prod(shard.shape) or shard.shape[0] != shard.count:
+            raise ValueError("a shape that does not fit its bytes")
     except FileNotFoundError:
         raise SitfastError(f"{path} is missing; {_AGAIN}") from None
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError) as error:

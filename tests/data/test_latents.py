@@ -109,6 +109,9 @@ def test_a_shard_truncated_at_every_kilobyte(folder):
         with pytest.raises(SitfastError, match=r"shard-00001.safetensors is (truncated|no shard)") as caught:
             build(folder)
         assert "\n" not in str(caught.value)
+    file.write_bytes(whole.replace(b'"shape": [10, 2,', b'"shape": [10, 4,', 1))
+    with pytest.raises(SitfastError, match="is no shard of latents, or damaged"):
+        build(folder)
     file.write_bytes(whole + b"x")
     with pytest.raises(SitfastError, match="truncated or altered"):
         build(folder)
