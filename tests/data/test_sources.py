@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import numpy as np
@@ -106,7 +107,10 @@ BUILDERS = {"folder": folder, "latents": cached, "arrow": arrow, "parquet": parq
 @pytest.fixture(scope="module", params=BUILDERS)
 def settings(request, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(webdataset, "CACHE", tmp_path_factory.mktemp("cache"))
+        cache = tmp_path_factory.mktemp("cache")
+        patch.setattr(webdataset, "CACHE", cache)
+        if find_spec("datasets"):
+            patch.setattr("datasets.config.HF_DATASETS_CACHE", cache)
         yield BUILDERS[request.param](tmp_path_factory.mktemp(request.param))
 
 
