@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from sitfast.errors import SitfastError
 
@@ -37,25 +37,45 @@ def loose(default: Any) -> Any:
     return Field(default=default, strict=False)
 
 
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+Channels = Annotated[tuple[float, ...], BeforeValidator(_listed), Field(min_length=1)]  # one number is a list of one
+
+
 class DataConfig(Section):
-    source: Literal["digits", "folder"] = "folder"
-    path: str | None = None  # the folder of class folders
+    source: Literal["digits", "folder", "hf", "webdataset", "latents"] = "folder"
+    path: str | None = None  # class folders; hub id, Parquet or Arrow files; tar files; what sitfast.encode wrote
+    split: str = "train"  # hf
+    image_column: str = "image"  # hf
+    label_column: str | None = "label"  # hf, and the .json members of webdataset; null is one class for all
+    caption_column: str | None = None  # the same, or .txt members; null is no texts
     image_size: Positive = 256  # pixels a side
     batch_size: Positive = 256  # global: over all ranks and accumulated micro-batches
     num_workers: Count = 8  # decoding processes a rank; 0 decodes in the training process
     prefetch: Positive = 4  # batches each worker keeps ready
+    decoder: Literal["pil", "dali"] = "pil"  # dali decodes JPEGs on the GPU; without a GPU on its own threads
+    decoder_threads: Positive = 8  # dali
+    hw_decoder_load: Share = 0.65  # dali: share of the JPEGs for the GPU's hardware decoder
+    crop: Literal["center", "random"] = "center"  # random: of 0.8 to all of the shorter side, anywhere
     flip: bool = True  # mirror half of the images
     val_samples: Count = 0  # rows held out of training for the validation loss
     max_unreadable: Share = 0.01  # a larger share of unreadable images stops the run
+    window_mib: Positive = 512  # latents: as much of the disk is shuffled at a time
+    verify: bool = False  # latents: compare every shard's hash at the start
 
 
 class VAEConfig(Section):
     id: str | None = "stabilityai/sd-vae-ft-ema"  # hub id or local folder; null trains on pixels
-    scale: float | None = None  # latents = (z - shift) * scale; null takes the VAE's own
-    shift: float | None = None
+    scale: Channels | None = loose(
+        None
+    )  # latents = (z - shift) * scale; one number or one a channel; null: the VAE's own
+    shift: Channels | None = loose(None)
     posterior: Literal["sample", "mean"] = "sample"
     precision: Literal["fp32", "bf16"] = "fp32"
     batch_size: Positive = 64  # images in one encode or decode call
+    compile: bool | None = None  # torch.compile of the encoder; null means on GPUs
 
 
 class PathConfig(Section):
@@ -188,9 +208,13 @@ _FREE = (
     "data.path",
     "data.num_workers",
     "data.prefetch",
+    "data.decoder_threads",
+    "data.hw_decoder_load",
     "data.max_unreadable",
+    "data.verify",
     "vae.id",
     "vae.batch_size",
+    "vae.compile",
     "train.accumulate",
     "train.compile",
     "train.mlp_save",
@@ -343,6 +367,7 @@ def _explain(item: Any) -> Problem:
         "tuple_type": "must be a list such as [0.9, 0.999]",
         "missing": "is missing from the list",
         "too_long": f"must be a list of {context.get('max_length')}",
+        "too_short": "must not be empty",
     }
     rule = rules.get(kind, item["msg"][:1].lower() + item["msg"][1:])
     value = "" if kind == "missing" else f"={item['input']!r}"
@@ -367,8 +392,24 @@ def _combinations(cfg: Config) -> Iterator[Problem]:
         return Problem(paths, f"{' with '.join(f'{p}={_plain(values[p])}' for p in paths)}: {rule}")
 
     data, path, model, optim, sample, profile = cfg.data, cfg.path, cfg.model, cfg.optim, cfg.sample, cfg.profile
-    if data.source == "folder" and data.path is None:
-        yield problem("data.source", "data.path", rule="name the folder of class folders in data.path")
+    places = {
+        "folder": "the folder of class folders",
+        "hf": "the hub id or the folder of the data set",
+        "webdataset": "the folder of tar files",
+        "latents": "the folder that sitfast.encode wrote",
+    }
+    if data.source in places and data.path is None:
+        yield problem("data.source", "data.path", rule=f"name {places[data.source]} in data.path")
+    if data.caption_column is not None and data.source in ("digits", "folder"):
+        yield problem("data.caption_column", "data.source", rule="there are no texts; use data.caption_column=null")
+    if data.decoder == "dali" and data.source in ("digits", "latents"):
+        yield problem("data.decoder", "data.source", rule="there are no image files to decode; use data.decoder=pil")
+    if data.crop == "random" and data.source in ("digits", "latents"):
+        yield problem("data.crop", "data.source", rule="there are no images to crop; use data.crop=center")
+    if data.source == "latents" and cfg.vae.id is None:
+        yield problem("data.source", "vae.id", rule="name the VAE that made the latents")
+    if cfg.vae.scale is not None and 0 in cfg.vae.scale:
+        yield problem("vae.scale", rule="a latent times 0 is nothing; 1 leaves it as it is")
     if data.source == "digits":
         if data.image_size != 8:
             yield problem("data.source", "data.image_size", rule="the digits are 8 x 8; use data.image_size=8")

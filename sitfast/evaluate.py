@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from sitfast import cli, data, images, philox
+from sitfast.data.latents import Latents
 from sitfast.data.loader import fixed_batches
 from sitfast.data.sampler import held_out
 from sitfast.interpolant import Interpolant
@@ -82,6 +83,8 @@ def main(argv: list[str]) -> int:
     run = Restored(args.ckpt, ema=args.weights == "ema", device=args.device, overrides=args.overrides)
     cfg, folder = run.cfg, run.folder.parent
     source = data.build_source(cfg.data)
+    if isinstance(source, Latents):
+        source.check_vae(run.vae)
     result: dict[str, Any] = {"checkpoint": str(run.folder), "step": run.state["step"], "weights": args.weights}
 
     if cfg.data.val_samples:

@@ -36,8 +36,10 @@ class Stream(IntEnum):
     VAE = 4  # the posterior sample
     SAMPLE = 5  # the starting noise of generation
     SDE = 6  # the Brownian increments of generation; `step` is the integrator's step
-    ORDER = 7  # the order of the rows of an epoch
+    ORDER = 7  # the order of the rows of an epoch, or of the blocks they lie in
     ROUNDING = 8  # the rounding of bf16 moments; `index` is the tensor, `step` the update
+    WINDOW = 9  # the order within a window of blocks
+    CROP = 10  # zoom, top and left of a random crop
 
 
 def philox4x32(counter: tuple[Any, Any, Any, Any], key: tuple[int, int]) -> tuple[Any, Any, Any, Any]:

@@ -20,6 +20,8 @@ from torch import Tensor
 
 from sitfast import checkpoint, config, data, metrics, parallel
 from sitfast.config import Config
+from sitfast.data.ahead import Ahead
+from sitfast.data.latents import Latents
 from sitfast.data.loader import Loader, fixed_batches
 from sitfast.data.sampler import held_out
 from sitfast.errors import SitfastError
@@ -74,6 +76,8 @@ class Trainer:
         torch.set_float32_matmul_precision("highest" if cfg.train.precision == "fp32" else "high")
         self.vae = build_vae(cfg.vae, device=self.device, seed=cfg.seed)
         self.vae.check_image_size(cfg.data.image_size)
+        if isinstance(source, Latents):
+            source.check_vae(self.vae)
         self.interpolant = Interpolant.from_config(cfg.path, cfg.seed)
         self.model_kwargs = {
             "input_size": cfg.data.image_size // self.vae.downsample,
@@ -126,6 +130,7 @@ class Trainer:
             device=self.device,
             quarantine=self.run_dir / "quarantine.txt",
         )
+        self.encoded = Ahead(self._next_batch, self.vae, self.device)
         self.source, self.val_rows = source, val_rows[world.rank :: world.size]
         self.profile = Window(cfg.profile, self.run_dir, rank=world.rank)
         self.peak = metrics.peak_flops(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
@@ -145,12 +150,9 @@ class Trainer:
         """One update of the weights; returns the gradient norm (a device tensor: nothing waits for it)."""
         cfg, total = self.cfg, torch.zeros((), device=self.device)
         for micro in range(cfg.train.accumulate):
-            with annotate("data"):
-                batch = self._next_batch()
-            with annotate("encode"):
-                x = self.vae.encode(batch.x, batch.index)
+            batch = next(self.encoded)
             with annotate("interpolate"):
-                xt, t, target, y = interpolate(self.interpolant, x, batch.index, labels=batch.y, **self.draw)
+                xt, t, target, y = interpolate(self.interpolant, batch.x, batch.index, labels=batch.y, **self.draw)
             with parallel.no_reduction(self.network, skip=micro < cfg.train.accumulate - 1):
                 with annotate("forward"):
                     with self.autocast():

@@ -3,11 +3,14 @@
     z = mean(x) + std(x) · ε,   latents = (z − shift) · scale,        x = decoder(latents / scale + shift)
 
 ε is a Philox draw of (seed, sample index), so the posterior sample of an image does not depend on the batch it came in.
+scale and shift are one number, or one a channel. Cached moments (mean, std) take the same road from the second step on.
 Pixel models use `Pixels`, which passes everything through.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,20 +52,22 @@ class AutoencoderVAE:
         self.dtype = _DTYPES[settings.precision]
         self.memory_format = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
         self.model = model.to(self.device, memory_format=self.memory_format).requires_grad_(False).eval()
+        if self.device.type == "cuda" if settings.compile is None else settings.compile:
+            self.model.encoder.compile(dynamic=False)
         own = model.config
-        self.scale = float(own.scaling_factor if settings.scale is None else settings.scale)
-        self.shift = float((own.shift_factor or 0.0) if settings.shift is None else settings.shift)
+        self.id = settings.id
+        self.scale = self._channels("scale", settings.scale, own.scaling_factor)
+        self.shift = self._channels("shift", settings.shift, own.shift_factor or 0.0)
         self.downsample = 2 ** (len(own.block_out_channels) - 1)
         self.posterior = settings.posterior
         self.batch_size = settings.batch_size
         self.seed = seed
-        self._id = settings.id
 
     def latent_channels(self, pixel_channels: int) -> int:
         own = self.model.config
         if pixel_channels != own.in_channels:
             raise SitfastError(
-                f"the data has {pixel_channels} channels, but vae.id={self._id!r} takes {own.in_channels}; "
+                f"the data has {pixel_channels} channels, but vae.id={self.id!r} takes {own.in_channels}; "
                 f"choose another VAE, or vae.id=null to train on pixels"
             )
         return own.latent_channels
@@ -73,15 +78,35 @@ class AutoencoderVAE:
             choices = f"{lower} or {lower + self.downsample}" if lower else f"{self.downsample}"
             raise SitfastError(
                 f"data.image_size={image_size} is not divisible by {self.downsample}, the downsampling of "
-                f"vae.id={self._id!r}; try {choices}"
+                f"vae.id={self.id!r}; try {choices}"
             )
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the weights rounded to bf16: the same for every precision, format and place they come from."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.model.state_dict().items()):
+            digest.update(f"{name} {tuple(value.shape)}".encode())
+            digest.update(value.to(torch.bfloat16).cpu().contiguous().view(torch.uint8).numpy())
+        return digest.hexdigest()
 
     @torch.no_grad()
     def encode(self, x: Tensor, index: Tensor) -> Tensor:
-        """Images x `[B, 3, H, W]` in [−1, 1] with their sample indices `[B]` → fp32 latents `[B, C, H/f, W/f]`."""
-        pairs = zip(x.split(self.batch_size), index.split(self.batch_size), strict=True)
+        """Images x `[B, 3, H, W]` in [−1, 1], or their moments `[B, 2, C, h, w]`, with their sample indices `[B]` → fp32 latents
+        `[B, C, h, w]`.
+        """
+        mean, std = x.float().unbind(1) if x.ndim == 5 else self.moments(x)
+        return self._draw(mean, std, index)
+
+    @torch.no_grad()
+    def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Images x `[B, 3, H, W]` in [−1, 1] → mean and standard deviation of the posterior, fp32 `[B, C, h, w]` each."""
         with self._own_precision():
-            return torch.cat([self._encode(images, indices) for images, indices in pairs])
+            equal = x.tensor_split(-(-len(x) // self.batch_size))  # few sizes: the compiler makes code for each
+            parts = [self.model.encode(self._cast(part)).latent_dist for part in equal]
+            mean = torch.cat([part.mean.float() for part in parts])
+            std = torch.cat([(0.5 * part.logvar.float()).exp() for part in parts])
+        return mean, std
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
@@ -90,13 +115,22 @@ class AutoencoderVAE:
         with self._own_precision():
             return torch.cat([self.model.decode(self._cast(part)).sample.float() for part in parts])
 
-    def _encode(self, x: Tensor, index: Tensor) -> Tensor:
-        posterior = self.model.encode(self._cast(x)).latent_dist
-        z = posterior.mean.float()
+    def _draw(self, mean: Tensor, std: Tensor, index: Tensor) -> Tensor:
+        z = mean
         if self.posterior == "sample":
-            std = (0.5 * posterior.logvar.float()).exp()
-            z = z + std * philox.normal(self.seed, index, philox.Stream.VAE, *z.shape[1:])
+            z = mean + std * philox.normal(self.seed, index, philox.Stream.VAE, *mean.shape[1:])
         return ((z - self.shift) * self.scale).contiguous()
+
+    def _channels(self, name: str, values: tuple[float, ...] | None, own: float) -> Tensor:
+        """`[1 or C, 1, 1]` of a setting, or of the VAE's own number."""
+        values = (own,) if values is None else values
+        channels = self.model.config.latent_channels
+        if len(values) not in (1, channels):
+            raise SitfastError(
+                f"vae.{name} has {len(values)} numbers, and the latents of vae.id={self.id!r} have {channels} channels;"
+                f" give one number, or {channels}"
+            )
+        return torch.tensor(values, dtype=torch.float32, device=self.device)[:, None, None]
 
     def _own_precision(self) -> torch.autocast:
         """`vae.precision` holds inside the caller's autocast too."""

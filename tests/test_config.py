@@ -82,14 +82,35 @@ def test_an_unknown_key_gets_a_suggestion(override, hint):
         ["profile.trace=true"],
         ["optim.min_lr=1"],
         ["data.path=null"],
+        ["data.source=latents", "data.path=null"],
+        ["data.source=latents", "vae.id=null"],
+        ["data.source=latents", "data.crop=random"],
+        ["data.caption_column=text"],
+        ["data.source=latents", "data.decoder=dali"],
+        ["vae.scale=0"],
     ],
 )
 def test_impossible_combinations(overrides):
     assert mistakes(*overrides)
 
 
+def test_one_number_or_one_a_channel():
+    cfg = config.load(None, [*FOLDER, "vae.scale=0.18215", "vae.shift=[1, 2.5]"])
+    assert (cfg.vae.scale, cfg.vae.shift) == ((0.18215,), (1.0, 2.5))
+    assert "must not be empty" in mistakes("vae.scale=[]")[0]
+
+
 def test_types_are_strict():
-    for override in ("train.steps='5'", "data.flip=1", "optim.lr=fast", "seed=-1", "optim.lr=.nan", "model.preset=4"):
+    for override in (
+        "vae.scale=wide",
+        "vae.scale=true",
+        "train.steps='5'",
+        "data.flip=1",
+        "optim.lr=fast",
+        "seed=-1",
+        "optim.lr=.nan",
+        "model.preset=4",
+    ):
         assert len(mistakes(override)) == 1
 
 

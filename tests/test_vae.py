@@ -41,7 +41,15 @@ def saved(model, tmp_path_factory):
 
 
 def build(id, **changes):
-    settings = {"scale": None, "shift": None, "posterior": "sample", "precision": "fp32", "batch_size": 3, **changes}
+    settings = {
+        "scale": None,
+        "shift": None,
+        "posterior": "sample",
+        "precision": "fp32",
+        "batch_size": 3,
+        "compile": None,
+        **changes,
+    }
     return build_vae(SimpleNamespace(id=id, **settings), device="cpu", seed=SEED)
 
 
@@ -89,6 +97,25 @@ def test_a_sample_does_not_depend_on_its_batch(saved):
     assert not torch.allclose(vae.encode(x, INDEX + 1), whole, atol=1e-2)
 
 
+def test_the_encoder_alone_is_compiled_and_in_equal_parts(saved, monkeypatch):
+    plain = build(saved, batch_size=4).encode(images(), INDEX)
+    sizes = []
+    original = torch.nn.Module.compile
+
+    def backend(graph, examples):
+        sizes.append(examples[-1].shape[0])
+        return graph
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kwargs: original(self, backend=backend, **kwargs))
+    vae = build(saved, batch_size=4, compile=True)
+    assert vae.fingerprint == build(saved).fingerprint
+    torch.testing.assert_close(vae.encode(images(), INDEX), plain, rtol=1e-5, atol=1e-5)
+    assert len(sizes) == 2  # seven images are four and three
+    vae.encode(images(6), INDEX[:6])  # three and three
+    vae.decode(plain)
+    assert len(sizes) == 2
+
+
 def test_decode_undoes_scale_and_shift(model, saved):
     z = build(saved).encode(images(), INDEX)
     with torch.no_grad():
@@ -100,15 +127,54 @@ def test_decode_undoes_scale_and_shift(model, saved):
 
 def test_scale_and_shift_can_be_given(saved):
     x = images()
-    own, given = build(saved), build(saved, scale=2.0, shift=0.0)
-    assert (own.scale, own.shift, given.scale, given.shift) == (0.25, 0.5, 2.0, 0.0)
+    own, given = build(saved), build(saved, scale=(2.0,), shift=(0.0,))
+    assert [v.flatten().tolist() for v in (own.scale, own.shift, given.scale, given.shift)] == [
+        [0.25],
+        [0.5],
+        [2.0],
+        [0.0],
+    ]
     torch.testing.assert_close(given.encode(x, INDEX) / 2, own.encode(x, INDEX) / 0.25 + 0.5, rtol=1e-5, atol=1e-5)
+
+
+def test_scale_and_shift_of_each_channel(model, saved):
+    x, scale, shift = images(), (1.0, 2.0, 3.0, 4.0), (0.1, 0.2, 0.3, 0.4)
+    vae = build(saved, scale=scale, shift=shift, posterior="mean")
+    z = vae.encode(x, INDEX)
+    mean, _ = moments(model, x)
+    for channel in range(4):
+        expected = (mean[:, channel] - shift[channel]) * scale[channel]
+        torch.testing.assert_close(z[:, channel].double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(vae.decode(z), model.decode(mean.float()).sample, rtol=1e-4, atol=1e-4)
+    with pytest.raises(
+        SitfastError, match=r"vae.scale has 3 numbers, and the latents .* have 4 channels; give one number, or 4"
+    ):
+        build(saved, scale=(1.0, 2.0, 3.0))
+
+
+def test_cached_moments_take_the_same_road(saved):
+    x = images()
+    vae = build(saved)
+    cached = torch.stack(vae.moments(x), dim=1)
+    assert torch.equal(vae.encode(cached, INDEX), vae.encode(x, INDEX))
+    half = vae.encode(cached.half(), INDEX)
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, vae.encode(x, INDEX), rtol=0, atol=2e-3)  # fp16 keeps 11 bits of moments below 2
+
+
+def test_the_fingerprint_is_that_of_the_weights(saved, tmp_path):
+    assert build(saved).fingerprint == build(saved, precision="bf16", scale=(3.0,)).fingerprint
+    other = tiny(shift_factor=0.5)
+    with torch.no_grad():
+        other.encoder.conv_in.bias[0] += 0.01
+    other.save_pretrained(tmp_path)
+    assert build(str(tmp_path)).fingerprint != build(saved).fingerprint
 
 
 def test_a_config_without_a_shift(tmp_path):
     tiny(scaling_factor=0.18215).save_pretrained(tmp_path)
     vae = build(str(tmp_path))
-    assert (vae.scale, vae.shift) == (0.18215, 0.0)
+    assert (vae.scale.item(), vae.shift.item()) == (pytest.approx(0.18215, rel=1e-7), 0.0)
 
 
 def test_frozen_and_without_gradients(saved):

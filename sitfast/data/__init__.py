@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+from sitfast.data.sampler import BlockOrder
 
 if TYPE_CHECKING:
     from sitfast.config import DataConfig
@@ -20,6 +24,9 @@ if TYPE_CHECKING:
 SOURCES = {
     "digits": "sitfast.data.digits",
     "folder": "sitfast.data.folder",
+    "hf": "sitfast.data.hf",
+    "latents": "sitfast.data.latents",
+    "webdataset": "sitfast.data.webdataset",
 }
 
 
@@ -46,21 +53,53 @@ class Source(Protocol):
         ...
 
 
+@runtime_checkable
+class Captioned(Source, Protocol):
+    """A source that may have a text beside each image."""
+
+    captioned: bool
+
+    def caption(self, row: int) -> str:
+        """Empty where there is none."""
+        ...
+
+
+@runtime_checkable
+class Mapped(Source, Protocol):
+    """A source whose rows lie in mapped files: it fills whole batches, and reads best in its own order."""
+
+    def order(self, num_rows: int, seed: int) -> BlockOrder:
+        """The order of the samples over `num_rows` of its rows."""
+        ...
+
+    def gather(self, rows: NDArray[np.int64], mirrored: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x `[B, …]` and labels `[B]` of `rows` `[B]`, mirrored where `mirrored` `[B]` says so."""
+        ...
+
+    def read_ahead(self, rows: NDArray[np.int64]) -> None:
+        """Ask the system to have these rows in memory soon."""
+        ...
+
+
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch: images x `[B, C, H, W]`, labels y `[B]`, global sample indices `[B]`, names of replaced rows."""
+    """One micro-batch: x, labels y `[B]`, global sample indices `[B]`, names of replaced rows, and texts where there are any.
+
+    x is images `[B, C, H, W]`, or the moments of cached latents `[B, 2, C, h, w]`, which `vae.encode` takes as well.
+    """
 
     x: Tensor
     y: Tensor
     index: Tensor
     skipped: tuple[str, ...] = ()
+    captions: tuple[str, ...] = ()
 
     def to(self, device: torch.device | str) -> Batch:
         """On the device, without waiting for the copy; uint8 pixels travel as such and become fp32 in [−1, 1] there."""
         x, y, index = (tensor.to(device, non_blocking=True) for tensor in (self.x, self.y, self.index))
         if x.dtype == torch.uint8:
             x = x.to(torch.float32).div_(127.5).sub_(1.0)
-        return Batch(x, y, index, self.skipped)
+        return Batch(x, y, index, self.skipped, self.captions)
 
 
 def build_source(data: DataConfig) -> Source:

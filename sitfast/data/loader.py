@@ -12,7 +12,7 @@ from __future__ import annotations
 import signal
 import traceback
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,9 +23,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from sitfast import philox
-from sitfast.data import Batch, Source, Unreadable
+from sitfast.data import Batch, Captioned, Mapped, Source, Unreadable
+from sitfast.data.image import Crop, EncodedImages
 from sitfast.data.quarantine import Quarantine
-from sitfast.data.sampler import Order, micro_batches
+from sitfast.data.sampler import BlockOrder, Order, micro_batches
 from sitfast.errors import SitfastError
 
 if TYPE_CHECKING:
@@ -58,53 +59,45 @@ class Loader:
         indices = micro_batches(
             consumed, batch_size=data.batch_size, accumulate=accumulate, rank=rank, world_size=world_size
         )
-        loader: DataLoader[_Loaded] = DataLoader(
-            _Reader(source, rows, seed=seed, flip=data.flip, patience=patience),
-            batch_size=None,  # the sampler's items are whole micro-batches
-            sampler=indices,  # pyright: ignore[reportArgumentType]  any iterable will do
-            num_workers=data.num_workers,
-            prefetch_factor=data.prefetch if data.num_workers else None,
-            worker_init_fn=_start_worker,
-            collate_fn=_as_it_is,  # pyright: ignore[reportArgumentType]  with batch_size=None it gets one item, not a list
-            pin_memory=self.device.type == "cuda",
-            generator=torch.Generator(),  # the DataLoader draws a seed nobody uses; not from the global generator
-        )
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_MAIN)  # a worker inherits the mask from its first moment
-        try:
-            self._batches: Iterator[_Loaded] = iter(loader)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        self.close = weakref.finalize(self, _shut_down, self._batches)  # runs once: here, or when Python exits
+        settings = {"seed": seed, "flip": data.flip, "random_crop": data.crop == "random", "patience": patience}
+        reader = Reader(source, rows, **settings)
+        if data.decoder == "dali":
+            from sitfast.data import dali
+
+            encoded = dali.EncodedReader(source, rows, **settings)
+            read = _start(encoded, indices, num_workers=data.num_workers, prefetch=data.prefetch, pin=False)
+            self._batches: Iterator[Loaded] = dali.Decoder(
+                read,
+                reader,
+                size=source.image_size,
+                batch_size=data.batch_size // accumulate // world_size,
+                device=self.device,
+                num_threads=data.decoder_threads,
+                hw_decoder_load=data.hw_decoder_load,
+            )
+        else:
+            pin = self.device.type == "cuda"
+            read = self._batches = _start(
+                reader, indices, num_workers=data.num_workers, prefetch=data.prefetch, pin=pin
+            )
+        self.close = weakref.finalize(self, _shut_down, read)  # runs once: here, or when Python exits
 
     def __iter__(self) -> Loader:
         return self
 
     def __next__(self) -> Batch:
         try:
-            loaded = next(self._batches)
-            return self._take(loaded).to(self.device)
+            loaded = _next(self._batches)
+            self._quarantine.add(loaded.unreadable)
+            return loaded.batch().to(self.device)
         except SitfastError:
             self.close()
             raise
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            self.close()
-            raise SitfastError(
-                "a data worker process ended without a word, most likely killed for want of memory or of shared memory "
-                "(/dev/shm); lower data.num_workers or data.prefetch, or enlarge the memory"
-            ) from error
 
     @property
     def unreadable(self) -> int:
         """How many different images were unreadable so far, over restarts."""
         return len(self._quarantine)
-
-    def _take(self, loaded: _Loaded) -> Batch:
-        self._quarantine.add(loaded.unreadable)
-        if loaded.failure:
-            raise SitfastError(loaded.failure) from (RuntimeError(loaded.detail) if loaded.detail else None)
-        return Batch(loaded.x, loaded.y, loaded.index, tuple(dict(loaded.unreadable)))
 
 
 def fixed_batches(
@@ -114,81 +107,198 @@ def fixed_batches(
 
     Unreadable rows are left out (and named in `skipped`), so that every other row keeps its index.
     """
-    for start in range(0, len(rows), batch_size):
-        loaded: list[tuple[Tensor, int, int]] = []
-        skipped: list[str] = []
-        for position in range(start, min(start + batch_size, len(rows))):
-            try:
-                loaded.append((*source.load(int(rows[position])), position))
-            except Unreadable as error:
-                skipped.append(error.name)
-        if loaded:
-            images, labels, positions = zip(*loaded, strict=True)
-            batch = Batch(torch.stack(images), torch.tensor(labels), torch.tensor(positions), tuple(skipped))
-            yield batch.to(device)
+    chunks = [
+        (np.arange(start, min(start + batch_size, len(rows))), rows[start : start + batch_size])
+        for start in range(0, len(rows), batch_size)
+    ]
+    for batch, _ in in_order(source, chunks, device=device):
+        if len(batch.x):
+            yield batch
 
 
-class _Loaded(NamedTuple):
+def in_order(
+    source: Source,
+    chunks: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]],
+    *,
+    device: torch.device | str,
+    num_workers: int = 0,
+    prefetch: int = 2,
+) -> Iterator[tuple[Batch, list[tuple[str, str]]]]:
+    """One batch for each chunk (index, rows), unflipped, without its unreadable rows; those as (name, reason) beside it.
+
+    A batch may be empty. The workers end with the iterator.
+    """
+    pin = torch.device(device).type == "cuda"
+    batches = _start(_Chunks(source), chunks, num_workers=num_workers, prefetch=prefetch, pin=pin)
+    try:
+        for _ in chunks:
+            loaded = _next(batches)
+            yield loaded.batch().to(device), loaded.unreadable
+    finally:
+        _shut_down(batches)
+
+
+class Loaded(NamedTuple):
     """What a worker hands back: a micro-batch, or why there is none."""
 
-    x: Tensor
+    x: Any  # pixels or moments, a Tensor; or what is yet to be decoded
     y: Tensor
     index: Tensor
     unreadable: list[tuple[str, str]]
     failure: str = ""
     detail: str = ""
+    captions: tuple[str, ...] = ()
+
+    def batch(self) -> Batch:
+        if self.failure:
+            raise SitfastError(self.failure) from (RuntimeError(self.detail) if self.detail else None)
+        return Batch(self.x, self.y, self.index, tuple(dict(self.unreadable)), self.captions)
 
 
-class _Failed(Exception):
-    """No row could stand in for an unreadable one."""
+class _Answering(Dataset):
+    """Reads one batch; whatever goes wrong travels to the main process as one line, its traceback with it."""
+
+    def __getitem__(self, item: Any) -> Loaded:
+        unreadable: list[tuple[str, str]] = []
+        failure, detail = "", ""
+        try:
+            return self.read(item, unreadable)
+        except SitfastError as error:
+            failure = str(error)
+        except Exception as error:
+            failure = f"reading the data failed: {type(error).__name__}: {' '.join(str(error).split())}"
+            detail = traceback.format_exc()
+        none = torch.empty(0)
+        return Loaded(none, none, none, unreadable, failure, detail)
+
+    def read(self, item: Any, unreadable: list[tuple[str, str]]) -> Loaded:
+        """(name, reason) of what could not be read is added to `unreadable`."""
+        raise NotImplementedError
 
 
-class _Reader(Dataset):
-    """Reads one micro-batch, given its global sample indices. It keeps no state, so every worker answers alike."""
+class Reader(_Answering):
+    """A micro-batch, given its global sample indices. Every worker answers alike."""
 
-    def __init__(self, source: Source, rows: NDArray[np.int64], *, seed: int, flip: bool, patience: int) -> None:
+    def __init__(
+        self, source: Source, rows: NDArray[np.int64], *, seed: int, flip: bool, random_crop: bool, patience: int
+    ) -> None:
         self.source = source
         self.rows = rows
         self.seed = seed
         self.flip = flip
+        self.random_crop = random_crop
         self.patience = patience
-        self.order = Order(len(rows), seed)
+        self.mapped = source if isinstance(source, Mapped) else None
+        self.begun = False  # whether this process has asked the disk for the first window
+        self.order = self.mapped.order(len(rows), seed) if self.mapped else Order(len(rows), seed)
 
-    def __getitem__(self, indices: list[int]) -> _Loaded:
-        index = torch.tensor(indices)
-        unreadable: list[tuple[str, str]] = []
-        failure, detail = "", ""
-        try:
-            x, y = self._read(index, unreadable)
-            return _Loaded(x, y, index, unreadable)
-        except _Failed:
-            failure = f"none of the {len(self.rows)} images can be read (latest: {': '.join(unreadable[-1])})"
-        except SitfastError as error:
-            failure = str(error)
-        except Exception as error:  # it must reach the main process as one line; the traceback rides along as its cause
-            failure = f"reading the data failed: {type(error).__name__}: {' '.join(str(error).split())}"
-            detail = traceback.format_exc()
-        none = torch.empty(0)
-        return _Loaded(none, none, index, unreadable, failure, detail)
+    def read(self, item: list[int], unreadable: list[tuple[str, str]]) -> Loaded:
+        index = torch.tensor(item)
+        positions = self.order.rows(index.numpy())
+        mirrored = philox.uniform(self.seed, index, philox.Stream.FLIP) < 0.5 if self.flip else None
+        if self.mapped and isinstance(self.order, BlockOrder):
+            if not self.begun:
+                self.mapped.read_ahead(self.rows[self.order.window_of(item[0])])
+            self.begun = True
+            self.mapped.read_ahead(self.rows[self.order.ahead(index.numpy())])
+            rows = self.rows[positions]
+            return Loaded(*self.mapped.gather(rows, mirrored), index, unreadable, captions=_captions(self.source, rows))
+        crops: list[Crop | None] = [None] * len(item)
+        if self.random_crop:
+            crops = [Crop(*draw) for draw in philox.uniform(self.seed, index, philox.Stream.CROP, 3).tolist()]
+        loaded = [self._load(*each, unreadable) for each in zip(positions, crops, strict=True)]
+        images, labels, rows = zip(*loaded, strict=True)
+        x = self.collate(images, mirrored)
+        return Loaded(x, torch.tensor(labels), index, unreadable, captions=_captions(self.source, rows))
 
-    def _read(self, index: Tensor, unreadable: list[tuple[str, str]]) -> tuple[Tensor, Tensor]:
-        images, labels = zip(
-            *(self._load(int(position), unreadable) for position in self.order.rows(index.numpy())), strict=True
-        )
+    def fetch(self, row: int, crop: Crop | None) -> tuple[Any, int]:
+        """One row of the source; `Unreadable` where that fails."""
+        return self.source.load(row, crop) if isinstance(self.source, EncodedImages) else self.source.load(row)
+
+    def collate(self, images: tuple[Any, ...], mirrored: Tensor | None) -> Any:
+        """What `fetch` gave for each place of a micro-batch as one, mirrored where `mirrored` `[B]` says so."""
         x = torch.stack(images)
-        if self.flip:
-            mirrored = philox.uniform(self.seed, index, philox.Stream.FLIP) < 0.5
+        if mirrored is not None:
             x[mirrored] = x[mirrored].flip(-1)
-        return x, torch.tensor(labels)
+        return x
 
-    def _load(self, position: int, unreadable: list[tuple[str, str]]) -> tuple[Tensor, int]:
-        """The row at `position`, or the first readable one after it."""
+    def _load(self, position: np.int64, crop: Crop | None, unreadable: list[tuple[str, str]]) -> tuple[Any, int, int]:
+        """(image, label, row) of the row at `position`, or of the first readable one after it."""
         for offset in range(self.patience):
+            row = int(self.rows[(int(position) + offset) % len(self.rows)])
             try:
-                return self.source.load(int(self.rows[(position + offset) % len(self.rows)]))
+                return *self.fetch(row, crop), row
             except Unreadable as error:
                 unreadable.append((error.name, error.reason))
-        raise _Failed
+        latest = ": ".join(unreadable[-1])
+        raise SitfastError(f"none of the {len(self.rows)} images can be read (latest: {latest})")
+
+
+class _Chunks(_Answering):
+    """The readable rows of a chunk (index, rows)."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+
+    def read(self, item: tuple[NDArray[np.int64], NDArray[np.int64]], unreadable: list[tuple[str, str]]) -> Loaded:
+        images: list[Tensor] = []
+        labels: list[int] = []
+        index: list[int] = []
+        rows: list[int] = []
+        for number, row in zip(*item, strict=True):
+            try:
+                image, label = self.source.load(int(row))
+            except Unreadable as error:
+                unreadable.append((error.name, error.reason))
+            else:
+                images.append(image)
+                labels.append(label)
+                index.append(int(number))
+                rows.append(int(row))
+        x = torch.stack(images) if images else torch.empty(0)
+        y, numbers = (torch.tensor(values, dtype=torch.int64) for values in (labels, index))
+        return Loaded(x, y, numbers, unreadable, captions=_captions(self.source, rows))
+
+
+def _captions(source: Source, rows: Iterable[int]) -> tuple[str, ...]:
+    """The texts of `rows`; none where the source has none."""
+    if isinstance(source, Captioned) and source.captioned:
+        return tuple(source.caption(int(row)) for row in rows)
+    return ()
+
+
+def _start(
+    dataset: _Answering, items: Iterable[Any], *, num_workers: int, prefetch: int, pin: bool
+) -> Iterator[Loaded]:
+    """The answers to `items`, in their order, from worker processes that are running when this returns."""
+    loader: DataLoader[Loaded] = DataLoader(
+        dataset,
+        batch_size=None,  # the sampler's items are whole micro-batches
+        sampler=items,  # pyright: ignore[reportArgumentType]  any iterable will do
+        num_workers=num_workers,
+        prefetch_factor=prefetch if num_workers else None,
+        worker_init_fn=_start_worker,
+        collate_fn=_as_it_is,  # pyright: ignore[reportArgumentType]  with batch_size=None it gets one item, not a list
+        pin_memory=pin,
+        generator=torch.Generator(),  # the DataLoader draws a seed nobody uses; not from the global generator
+    )
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_MAIN)  # a worker inherits the mask from its first moment
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _next(batches: Iterator[Loaded]) -> Loaded:
+    try:
+        return next(batches)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise SitfastError(
+            "a data worker process ended without a word, most likely killed for want of memory or of shared memory "
+            "(/dev/shm); lower data.num_workers or data.prefetch, or enlarge the memory"
+        ) from error
 
 
 def _start_worker(worker_id: int) -> None:
@@ -206,5 +316,5 @@ def _shut_down(batches: Any) -> None:
                 worker.kill()
 
 
-def _as_it_is(loaded: _Loaded) -> _Loaded:
+def _as_it_is(loaded: Loaded) -> Loaded:
     return loaded

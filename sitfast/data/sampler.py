@@ -34,10 +34,11 @@ _HELD_OUT_SEED = 0x68656C64206F7574  # a constant: the rows held out belong to t
 class Order:
     """The endless order of `num_rows` rows: each epoch visits every row once, each epoch differently. O(1) memory."""
 
-    def __init__(self, num_rows: int, seed: int) -> None:
+    def __init__(self, num_rows: int, seed: int, *, stream: Stream = Stream.ORDER) -> None:
         assert num_rows > 0
         self.num_rows = num_rows
         self.seed = seed
+        self.stream = stream
         self._left = math.isqrt(num_rows - 1) + 1
         self._right = -(-num_rows // self._left)
 
@@ -47,7 +48,7 @@ class Order:
         rows = np.empty_like(positions)
         for epoch in np.unique(epochs):
             here = epochs == epoch
-            rows[here] = self._permute(positions[here], _round_keys(self.seed, int(epoch)))
+            rows[here] = self._permute(positions[here], _round_keys(self.seed, int(epoch), self.stream))
         return rows
 
     def _permute(self, positions: NDArray[np.int64], keys: tuple[np.uint64, ...]) -> NDArray[np.uint64]:
@@ -65,6 +66,66 @@ class Order:
         return left * b + right
 
 
+class BlockOrder:
+    """The endless order of rows that lie in files: near in time, near on the disk. O(number of blocks) memory.
+
+        position ─ permutation of its window ─▶ place ─ in the permuted sequence of blocks ─▶ row
+
+    Blocks of `block` neighbouring rows come in random order, and the rows of each `window` of that sequence at random.
+    Like `Order`, it visits each row once an epoch, each epoch differently; a window as large as the data is a full shuffle.
+    """
+
+    def __init__(self, num_rows: int, seed: int, *, block: int, window: int) -> None:
+        self.num_rows = num_rows
+        self.seed = seed
+        self.block = min(block, num_rows)
+        self.window = min(window, num_rows)
+        self._num_windows = -(-num_rows // self.window)
+        self._within = Order(self.window, seed, stream=Stream.WINDOW)
+        rest = num_rows % self.window
+        self._within_last = Order(rest, seed, stream=Stream.WINDOW) if rest else self._within
+
+    def rows(self, index: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The row of each global sample index, `[n]` → `[n]`."""
+        epochs, positions = np.divmod(np.asarray(index, dtype=np.int64), self.num_rows)
+        windows, positions = np.divmod(positions, self.window)
+        numbers = epochs * self._num_windows + windows  # of the window among all there will ever be
+        last = windows == self._num_windows - 1
+        places = windows * self.window
+        for here, order in ((~last, self._within), (last, self._within_last)):
+            places[here] += order.rows(numbers[here] * order.num_rows + positions[here])
+        return self._on_disk(epochs, places)
+
+    def ahead(self, index: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Rows of the window after that of `index`, block by block: what to read from the disk in the meantime."""
+        return self._on_disk(*np.divmod(np.asarray(index, dtype=np.int64) + self.window, self.num_rows))
+
+    def window_of(self, index: int) -> NDArray[np.int64]:
+        """All rows of the window of a sample, block by block: what to read from the disk before the first sample."""
+        epoch, position = divmod(index, self.num_rows)
+        start = position - position % self.window
+        places = np.arange(start, min(start + self.window, self.num_rows))
+        return self._on_disk(np.full_like(places, epoch), places)
+
+    def _on_disk(self, epochs: NDArray[np.int64], places: NDArray[np.int64]) -> NDArray[np.int64]:
+        rows = np.empty_like(places)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            starts, firsts = _block_sequence(self.num_rows, self.block, self.seed, int(epoch))
+            slots = np.searchsorted(starts, places[here], side="right") - 1
+            rows[here] = firsts[slots] + places[here] - starts[slots]
+        return rows
+
+
+@lru_cache(maxsize=4)
+def _block_sequence(num_rows: int, block: int, seed: int, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(place at which each block of an epoch starts, its first row), in the order of the epoch. The last one is short."""
+    num_blocks = -(-num_rows // block)
+    blocks = Order(num_blocks, seed).rows(np.arange(num_blocks) + epoch * num_blocks)
+    sizes = np.minimum(block, num_rows - blocks * block)
+    return np.cumsum(sizes) - sizes, blocks * block
+
+
 def _mix(values: NDArray[np.uint64], key: np.uint64) -> NDArray[np.uint64]:
     """32 well-mixed bits of each value (products wrap modulo 2⁶⁴, as they should)."""
     mixed = (values ^ key) * _MIX[0]
@@ -74,10 +135,10 @@ def _mix(values: NDArray[np.uint64], key: np.uint64) -> NDArray[np.uint64]:
 
 
 @lru_cache(maxsize=8)
-def _round_keys(seed: int, epoch: int) -> tuple[np.uint64, ...]:
+def _round_keys(seed: int, epoch: int, stream: Stream) -> tuple[np.uint64, ...]:
     words: list[int] = []
     for block in range(_ROUNDS):
-        words += philox4x32((block, int(Stream.ORDER), *split64(epoch)), split64(seed))
+        words += philox4x32((block, int(stream), *split64(epoch)), split64(seed))
     return tuple(np.uint64(low | high << 32) for low, high in zip(words[::2], words[1::2], strict=True))
 
 

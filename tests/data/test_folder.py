@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from sitfast.data import Unreadable, build_source
-from sitfast.data.folder import adm_crop
+from sitfast.data.image import Crop, adm_crop, adm_plan
 from sitfast.errors import SitfastError
 
 RNG = np.random.default_rng(0)
@@ -101,6 +101,29 @@ def test_adm_crop_from_the_definition_of_its_filters(width, height):
     assert any(np.array_equal(ours, expected_crop(pixels, 16, *order)) for order in orders)
 
 
+def test_random_crops_cover_the_zooms_and_places_of_adm():
+    """16 to 20 pixels for the shorter side, then any of the places; at either end of the draws and by their shares."""
+    low, high = Crop(1e-7, 1e-7, 1e-7), Crop(1 - 1e-7, 1 - 1e-7, 1 - 1e-7)
+    assert adm_plan(30, 20, 16, low) == ([], (24, 16), 0, 0)
+    assert adm_plan(30, 20, 16, high) == ([], (30, 20), 14, 4)
+    assert adm_plan(81, 40, 16, high) == ([(40, 20)], (40, 20), 24, 4)
+    assert adm_plan(81, 40, 16, low) == ([(40, 20)], (32, 16), 0, 0)  # 40 < 2 · 20, and not below 2 · 16
+    plans = [adm_plan(20, 20, 16, Crop(*draw)) for draw in RNG.random((20_000, 3))]
+    sides = np.bincount([plan.scaled[0] for plan in plans], minlength=21)[16:]
+    assert (np.abs(sides - 4000) < 6 * np.sqrt(4000 * 0.8)).all() and sides.sum() == 20_000
+    places = np.zeros((5, 5))
+    for plan in plans:
+        if plan.scaled == (20, 20):
+            places[plan.top, plan.left] += 1
+    assert (np.abs(places - places.sum() / 25) < 6 * np.sqrt(places.sum() / 25)).all()
+
+
+def test_a_random_crop_is_a_part_of_the_scaled_image():
+    image = noise(30, 20)
+    crop = Crop(0.99, 0.5, 0.3)
+    assert np.array_equal(np.asarray(adm_crop(image, 16, crop)), np.asarray(image)[2:18, 4:20])
+
+
 def test_a_square_image_of_the_right_size_is_untouched(single):
     image = noise(16, 16)
     image.save(single / "a.png")
@@ -119,7 +142,7 @@ def test_labels_and_rows_are_sorted_and_hidden_files_ignored(tmp_path):
     source = folder(tmp_path)
     assert source.class_names == ["a", "b", "c"]
     assert (source.num_rows, source.num_classes, source.channels, source.image_size) == (4, 3, 3, 16)
-    names = [source.path(row).removeprefix(f"{tmp_path}/") for row in range(4)]
+    names = [source.name(row).removeprefix(f"{tmp_path}/") for row in range(4)]
     assert names == ["a/deep/er/x.webp", "a/z.JPEG", "b/10.png", "b/2.PNG"]
     assert [source.load(row)[1] for row in range(4)] == [0, 0, 1, 1]
 

@@ -53,7 +53,16 @@ class Dying(Numbers):
 
 def settings(**changes):
     return SimpleNamespace(
-        **{"batch_size": 10, "num_workers": 0, "prefetch": 2, "flip": False, "max_unreadable": 0.5, **changes}
+        **{
+            "batch_size": 10,
+            "num_workers": 0,
+            "prefetch": 2,
+            "flip": False,
+            "max_unreadable": 0.5,
+            "decoder": "pil",
+            "crop": "center",
+            **changes,
+        }
     )
 
 
@@ -153,6 +162,20 @@ def test_an_unreadable_row_is_replaced_by_the_next_readable_one():
     assert torch.cat([rows_of(batch) for batch in batches]).tolist() == expected
     skipped = {name for batch in batches for name in batch.skipped}
     assert skipped == {"row-5", "row-6", f"row-{ROWS - 1}"}
+
+
+def test_texts_are_those_of_the_rows_that_came():
+    class Captioned(Numbers):
+        captioned = True
+
+        def caption(self, row):
+            return f"row {row}"
+
+    for batch in take(loader(Captioned(broken=[5, 6, ROWS - 1])), 4):
+        assert batch.captions == tuple(f"row {row}" for row in rows_of(batch))
+    (batch,) = fixed_batches(Captioned(broken=[3]), np.arange(2, 5), batch_size=5, device="cpu")
+    assert batch.captions == ("row 2", "row 4")
+    assert take(loader(), 1)[0].captions == ()
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -290,4 +313,4 @@ def test_a_real_folder_through_workers(tmp_path):
         assert str(bad) in batch.skipped
     path, reason = file.read_text().rstrip("\n").split("\t")
     assert path == str(bad).replace("\t", "\\t")
-    assert reason.startswith("UnidentifiedImageError: cannot identify image file")
+    assert reason == "UnidentifiedImageError: no PNG, JPEG or WebP image"
