@@ -116,7 +116,10 @@ class TrainConfig(Section):
 class ParallelConfig(Section):
     backend: Literal["auto", "nccl", "gloo"] = "auto"
     timeout_s: Positive = 600  # a collective that takes longer stops the run
-    activation_checkpoint: Literal["none", "block"] = "none"  # "block" trades a third more compute for memory
+    strategy: Literal["ddp", "fsdp", "hsdp"] = "ddp"  # whole weights on each rank, sharded over all, over some
+    shard_size: Positive | None = None  # of hsdp: ranks that share one copy of the weights; null: those of one host
+    reshard_after_forward: bool = True  # of fsdp, hsdp: free a block's gathered weights until its backward pass
+    activation_checkpoint: Literal["none", "selective", "block"] = "none"  # recompute nothing, all but GEMMs, all
 
 
 class CheckpointConfig(Section):
@@ -414,6 +417,8 @@ def _combinations(cfg: Config) -> Iterator[Problem]:
         yield problem("ema.decays", rule="each decay once")
     if cfg.log.val_every and not data.val_samples:
         yield problem("log.val_every", "data.val_samples", rule="hold some rows out, such as data.val_samples=1024")
+    if cfg.parallel.shard_size is not None and cfg.parallel.strategy != "hsdp":
+        yield problem("parallel.shard_size", "parallel.strategy", rule="only hsdp has groups; use null or hsdp")
     if (profile.start is None) != (profile.stop is None):
         yield problem("profile.start", "profile.stop", rule="a window needs both")
     elif profile.start is not None and profile.stop is not None and profile.stop <= profile.start:

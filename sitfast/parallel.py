@@ -3,7 +3,14 @@
     torchrun --nproc-per-node G -m sitfast.train …        G processes, one a GPU (or G CPU processes with gloo)
 
 The model passes through three layers, in this order: activation checkpointing of each block → torch.compile of each block
-→ data parallelism over the whole. State-dict keys stay the official ones throughout.
+→ data parallelism. State-dict keys stay the official ones throughout.
+
+    ddp     each rank holds all weights; gradients are averaged
+    fsdp    each rank holds 1/n of weights, gradients, moments and averages; a block's weights are gathered when it runs
+    hsdp    fsdp inside groups of shard_size ranks, ddp between the groups
+
+Under fsdp and hsdp with bf16 the weights are gathered in bf16, activations are bf16 throughout, and the shards, their
+gradients and the reduction are fp32; under ddp the weights stay fp32 and autocast makes the bf16 copies.
 """
 
 from __future__ import annotations
@@ -11,6 +18,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -20,11 +28,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from sitfast.config import Config
+from sitfast.config import Config, ParallelConfig
 from sitfast.errors import SitfastError
+
+# What "selective" activation checkpointing keeps, by the start of the operator's name: matrix products and attention,
+# which are most of a block's arithmetic. Norms, modulation and GELU are computed again.
+_KEPT = ("aten.mm.", "aten.addmm.", "aten.bmm.", "aten._scaled_dot_product")
+_KEPT += ("sitfast.linear", "sitfast.attention", "sitfast.mlp")
 
 
 @dataclass(frozen=True)
@@ -89,7 +104,7 @@ def start(cfg: Config) -> Iterator[World]:
     device = resolve_device(cfg.train.device, int(os.environ.get("LOCAL_RANK", 0)))
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if size == 1:
+    if size == 1 and cfg.parallel.strategy == "ddp":
         yield World(rank, size, device)
         return
     backend = cfg.parallel.backend
@@ -98,7 +113,10 @@ def start(cfg: Config) -> Iterator[World]:
     if backend == "nccl" and device.type == "cpu":
         raise SitfastError("parallel.backend=nccl needs GPUs and train.device=cpu; try parallel.backend=gloo")
     timeout = timedelta(seconds=cfg.parallel.timeout_s)
-    dist.init_process_group(backend, timeout=timeout)
+    if size == 1:
+        dist.init_process_group(backend, store=_own_store(), rank=0, world_size=1, timeout=timeout)
+    else:
+        dist.init_process_group(backend, timeout=timeout)
     try:
         host_group = None if backend == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
         yield World(rank, size, device, host_group)
@@ -107,27 +125,122 @@ def start(cfg: Config) -> Iterator[World]:
         dist.destroy_process_group()
 
 
+def _own_store() -> Any:
+    """Where a process that has no peers meets itself."""
+    return dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+
+
 def prepare_blocks(blocks: nn.ModuleList, *, activation_checkpoint: str, compiled: bool) -> None:
     """Checkpoint and compile each block in place. Blocks share their code, so the compiler works once for all."""
     for block in blocks:
-        if activation_checkpoint == "block":
-            block.forward = _recomputed(block.forward)
+        if activation_checkpoint != "none":
+            block.forward = _recomputed(block.forward, selective=activation_checkpoint == "selective")
         if compiled:
             block.compile()
 
 
-def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+def _recomputed(forward: Callable[..., Any], *, selective: bool) -> Callable[..., Any]:
     """`forward` with its activations computed again in the backward pass. A function, not a partial: Dynamo needs a frame."""
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    if selective:
+        options["context_fn"] = _selective_contexts
 
     def run(*args: Any) -> Any:
-        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False)
+        return checkpoint(forward, *args, **options)
 
     return run
 
 
+def _selective_contexts() -> Any:
+    return create_selective_checkpoint_contexts(_keep_or_recompute)
+
+
+def _keep_or_recompute(_context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if str(operator).startswith(_KEPT) else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def device_mesh(cfg: ParallelConfig, world: World) -> DeviceMesh | None:
+    """The ranks as a line (fsdp) or as groups × shards (hsdp); None under ddp."""
+    if cfg.strategy == "ddp":
+        return None
+    if cfg.strategy == "fsdp":
+        return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
+    shards = shard_size(cfg, world.size)
+    return init_device_mesh(world.device.type, (world.size // shards, shards), mesh_dim_names=("replicate", "shard"))
+
+
+def shard_size(cfg: ParallelConfig, world_size: int) -> int:
+    """Ranks that share one copy of the weights."""
+    if cfg.strategy != "hsdp":
+        return world_size if cfg.strategy == "fsdp" else 1
+    shards = cfg.shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if world_size % shards:
+        raise SitfastError(
+            f"parallel.shard_size={shards} does not divide world_size={world_size}: every group needs as many ranks;"
+            f" try {max(n for n in range(1, shards) if world_size % n == 0)}"
+        )
+    return shards
+
+
+def shard(model: nn.Module, mesh: DeviceMesh, *, reshard_after_forward: bool, dtype: torch.dtype | None) -> None:
+    """Shard each block, then what is left, over the mesh, in place; `dtype` is that of gathered weights, None fp32.
+
+    The inputs are not cast: times must stay fp32 until they are sinusoids.
+    """
+    policy = MixedPrecisionPolicy(
+        param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None, cast_forward_inputs=False
+    )
+    # A block hands views on (its gate is a part of one output); nobody writes into them.
+    warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
+    for module, reshard in _reshard_policy(model, reshard_after_forward):
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+
+
+def _reshard_policy(model: nn.Module, reshard_after_forward: bool) -> Iterator[tuple[Any, bool]]:
+    """The sharded modules, innermost first, and whether each is freed after its forward pass.
+
+    The last block and the ends of the model are not: the backward pass begins with them.
+    """
+    blocks: Any = model.blocks
+    for block in blocks:
+        yield block, reshard_after_forward and block is not blocks[-1]
+    yield model, False
+
+
+def materialize(model: Any, device: torch.device) -> None:
+    """Give the weights of a model on the meta device memory and their first values, shard by shard."""
+    model.to_empty(device=device)
+    model.initialize_weights()
+    for module in model.modules():
+        if isinstance(module, FSDPModule):  # the first gathering settles where the shards lie in memory
+            module.unshard()
+            module.reshard()
+
+
+@contextmanager
+def gathered(model: nn.Module, cfg: ParallelConfig) -> Iterator[None]:
+    """Inside, every rank holds the whole weights, so that ranks may run the model as often as each likes.
+
+    Entering is a matter for all ranks. Weights changed before (an average put in their place) are seen inside.
+    """
+    if not isinstance(model, FSDPModule):
+        yield
+        return
+    modules = list(_reshard_policy(model, cfg.reshard_after_forward))
+    try:
+        for module, _ in modules:
+            module.unshard()
+            module.set_reshard_after_forward(False, recurse=False)
+        yield
+    finally:
+        for module, reshard in modules:
+            module.set_reshard_after_forward(reshard, recurse=False)
+            module.reshard()
+
+
 def data_parallel(model: nn.Module, world: World) -> nn.Module:
-    """Replicate over ranks: gradients are averaged while the backward pass still runs."""
-    if world.size == 1:
+    """Replicate over ranks: gradients are averaged while the backward pass still runs. A sharded model does so itself."""
+    if world.size == 1 or isinstance(model, FSDPModule):
         return model
     ids = [world.device] if world.device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
@@ -135,7 +248,10 @@ def data_parallel(model: nn.Module, world: World) -> nn.Module:
 
 def no_reduction(network: nn.Module, skip: bool) -> AbstractContextManager[None]:
     """Around every micro-batch but the last: gradients add up locally and are reduced once."""
-    if skip and isinstance(network, DistributedDataParallel):
+    if isinstance(network, FSDPModule):
+        network.set_requires_gradient_sync(not skip)
+        network.set_is_last_backward(not skip)
+    elif skip and isinstance(network, DistributedDataParallel):
         return network.no_sync()
     return nullcontext()
 

@@ -44,6 +44,7 @@ from sitfast.optim import Update, learning_rate
 from sitfast.parallel import World
 from sitfast.profiling import Window, annotate
 from sitfast.sample import generate, labels_for
+from sitfast.shards import whole
 from sitfast.vae import build_vae
 
 AUTOCAST = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -81,11 +82,7 @@ class Trainer:
             **cfg.model.model_dump(exclude={"init_from"}, exclude_none=True),
         }
         _check_patches(cfg, self.vae.downsample)
-        torch.manual_seed(cfg.seed)  # the initial weights; nothing else draws from the global generator
-        self.model = build_model(**self.model_kwargs).to(self.device)
-        for module in self.model.modules():
-            if isinstance(module, Mlp):
-                module.save = cfg.train.mlp_save
+        self._build_model()
         if cfg.model.init_from:
             weights = checkpoint.find_weights(cfg.model.init_from)
             if "pos_embed" in weights:  # weights of another resolution differ in this alone
@@ -108,11 +105,6 @@ class Trainer:
         )
         self.step, self.window = 0, []
         resumed = self._resume()
-
-        compiled = cfg.train.compile if cfg.train.compile is not None else self.device.type == "cuda"
-        parallel.prepare_blocks(
-            self.model.blocks, activation_checkpoint=cfg.parallel.activation_checkpoint, compiled=compiled
-        )
         self.network = parallel.data_parallel(self.model, world)
         self.loader = Loader(
             source,
@@ -137,7 +129,7 @@ class Trainer:
             is_main=world.is_main,
             resume_step=self.step if resumed else None,
         )
-        self.logger.startup(self._summary(len(train_rows), compiled, resumed))
+        self.logger.startup(self._summary(len(train_rows), resumed))
 
     # ---------------------------------------------------------------------------------------------------- one step
 
@@ -270,7 +262,7 @@ class Trainer:
 
     def _validate(self) -> None:
         batches = fixed_batches(self.source, self.val_rows, batch_size=self.cfg.sample.batch_size, device=self.device)
-        with self._pause("validate"), self.autocast():
+        with self._pause("validate"), parallel.gathered(self.model, self.cfg.parallel), self.autocast():
             bins = validation_loss(
                 self.model,
                 batches,
@@ -284,12 +276,19 @@ class Trainer:
 
     def _sample(self) -> None:
         """A grid from the averaged weights, at the same noise and labels every time."""
-        if not self.world.is_main:
+        if not self.world.is_main and self.mesh is None:
             return
         settings = self.cfg.sample
         labels = labels_for(settings.num, settings.classes, self.cfg.model.num_classes)
         try:
-            with self._pause("sample"), self.update.ema.applied(self.model), self.autocast():
+            with (
+                self._pause("sample"),
+                self.update.ema.applied(self.model),
+                parallel.gathered(self.model, self.cfg.parallel),
+                self.autocast(),
+            ):
+                if not self.world.is_main:
+                    return
                 images = generate(
                     self.model,
                     self.vae,
@@ -310,13 +309,15 @@ class Trainer:
         self.update.check(self.step)
         window = self.world.mean(torch.stack(self.window)).tolist() if self.window else []
         with self._pause("checkpoint"):
+            model, optimizer = _whole(self.model.state_dict()), _whole(self.update.state())
+            emas = {decay: _whole(self.update.ema.state(i)) for i, decay in enumerate(self.cfg.ema.decays)}
             if self.world.is_main:
                 path = checkpoint.save(
                     self.run_dir,
                     self.step,
-                    model=self.model.state_dict(),
-                    emas={decay: self.update.ema.state(i) for i, decay in enumerate(self.cfg.ema.decays)},
-                    optimizer=self.update.state(),
+                    model=model,
+                    emas=emas,
+                    optimizer=optimizer,
                     state={
                         "samples": self.step * self.cfg.data.batch_size,
                         "window": window,
@@ -361,7 +362,26 @@ class Trainer:
         self.window = list(torch.tensor(saved.state["window"], device=self.device))
         return True
 
-    def _summary(self, num_rows: int, compiled: bool, resumed: bool) -> list[tuple[str, str]]:
+    def _build_model(self) -> None:
+        """Checkpoint, compile and shard the blocks while the model is a mere description, then give it its weights."""
+        cfg = self.cfg
+        with torch.device("meta"):
+            self.model = build_model(**self.model_kwargs)
+        for module in self.model.modules():
+            if isinstance(module, Mlp):
+                module.save = cfg.train.mlp_save
+        self.compiled = cfg.train.compile if cfg.train.compile is not None else self.device.type == "cuda"
+        parallel.prepare_blocks(
+            self.model.blocks, activation_checkpoint=cfg.parallel.activation_checkpoint, compiled=self.compiled
+        )
+        self.mesh = parallel.device_mesh(cfg.parallel, self.world)
+        if self.mesh is not None:
+            dtype, reshard = AUTOCAST[cfg.train.precision], cfg.parallel.reshard_after_forward
+            parallel.shard(self.model, self.mesh, reshard_after_forward=reshard, dtype=dtype)
+        torch.manual_seed(cfg.seed)  # the initial weights; nothing else draws from the global generator
+        parallel.materialize(self.model, self.device)
+
+    def _summary(self, num_rows: int, resumed: bool) -> list[tuple[str, str]]:
         cfg, world = self.cfg, self.world
         name = (
             torch.cuda.get_device_name(self.device)
@@ -369,7 +389,11 @@ class Trainer:
             else f"CPU, {torch.get_num_threads()} threads"
         )
         size, channels = self.model_kwargs["input_size"], self.model_kwargs["in_channels"]
-        precision = {"bf16": "bf16 autocast, fp32 weights", "fp16": "fp16 autocast, loss scaling, fp32 weights"}
+        weights = "fp32 weights" if self.mesh is None else "gathered in {}, fp32 shards and reductions"
+        precision = {
+            "bf16": f"bf16 autocast, {weights.format('bf16')}",
+            "fp16": f"fp16 autocast, loss scaling, {weights.format('fp16')}",
+        }
         return [
             ("device", f"{world.size} × {name}" if world.size > 1 else name),
             ("model", f"{cfg.model.preset or type(self.model).__name__} on {channels} × {size} × {size}"),
@@ -381,11 +405,25 @@ class Trainer:
              f"{cfg.data.batch_size // world.size // cfg.train.accumulate}"),
             ("vae", cfg.vae.id or "none: pixels"),
             ("precision", precision.get(cfg.train.precision, cfg.train.precision)),
-            ("compiled", "each block, torch.compile" if compiled else "nothing"),
+            ("parallel", self._parallel()),
+            ("compiled", "each block, torch.compile" if self.compiled else "nothing"),
             ("kernels", self._kernels()),
             ("output", str(self.run_dir)),
             ("start", f"resumed after step {self.step}" if resumed else "from the beginning"),
         ]  # fmt: skip
+
+    def _parallel(self) -> str:
+        """Who holds which part of the weights, and what is computed twice."""
+        settings, world = self.cfg.parallel, self.world
+        if self.mesh is None:
+            text = "one copy of the weights a rank" if world.size > 1 else "none"
+        else:
+            shards = parallel.shard_size(settings, world.size)
+            text = f"{settings.strategy}, weights in {shards} shards"
+            text += f" × {world.size // shards} copies" if settings.strategy == "hsdp" else ""
+            text += ", freed after forward" if settings.reshard_after_forward else ", kept until backward"
+        again = {"none": "", "selective": "; all but matrix products recomputed", "block": "; blocks recomputed"}
+        return text + again[settings.activation_checkpoint]
 
     def _kernels(self) -> str:
         """What the operations of a block run, and those around the network, and why."""
@@ -402,6 +440,10 @@ class Trainer:
         attention = describe_attention(self.model.grid**2, head, dtype, self.device)
         blocks = f"layer norm and residual: Triton; feed-forward: {feed_forward}; attention: {attention}"
         return f"{around}; {blocks}"
+
+
+def _whole(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: whole(tensor) for name, tensor in state.items()}
 
 
 def _check_patches(cfg: Config, downsample: int) -> None:
