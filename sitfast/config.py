@@ -125,6 +125,7 @@ class ParallelConfig(Section):
 class CheckpointConfig(Section):
     every: Positive = 10_000
     keep: Count = 3  # the newest so many; 0 keeps all
+    background: bool = True  # training goes on while a checkpoint is written
 
 
 class LogConfig(Section):

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -40,6 +40,8 @@ from sitfast.errors import SitfastError
 # which are most of a block's arithmetic. Norms, modulation and GELU are computed again.
 _KEPT = ("aten.mm.", "aten.addmm.", "aten.bmm.", "aten._scaled_dot_product")
 _KEPT += ("sitfast.linear", "sitfast.attention", "sitfast.mlp")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -68,17 +70,25 @@ class World:
             dist.all_reduce(values, op=dist.ReduceOp.MAX)
         return values
 
-    def any(self, flag: bool) -> bool:
-        """Whether any rank says yes. A message between CPUs: no GPU is waited for."""
+    def most(self, vote: int) -> int:
+        """The greatest number that any rank says. A message between CPUs: no GPU is waited for."""
         if self.size == 1:
-            return flag
-        vote = torch.tensor([int(flag)])
-        dist.all_reduce(vote, op=dist.ReduceOp.MAX, group=self.host_group)
-        return bool(vote.item())
+            return vote
+        votes = torch.tensor([vote])
+        dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.host_group)
+        return int(votes.item())
+
+    def share(self, value: T) -> T:
+        """What the main rank has as `value`; small things, between CPUs."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.host_group)
+        return box[0]
 
     def barrier(self) -> None:
         """Wait for all ranks, on the CPUs."""
-        self.any(False)
+        self.most(0)
 
 
 def resolve_device(device: str, local_rank: int = 0) -> torch.device:

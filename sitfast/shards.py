@@ -29,6 +29,19 @@ def first_row(tensor: Tensor) -> int:
     return compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)[1][0]
 
 
+def copies_of(tensor: Tensor, rank: int, world_size: int) -> tuple[int, int]:
+    """(how many ranks hold the same rows as this one, which of them it is)."""
+    if not isinstance(tensor, DTensor):
+        return world_size, rank
+    copies, own = 1, 0
+    for place, size, at in zip(
+        tensor.placements, tensor.device_mesh.shape, tensor.device_mesh.get_coordinate() or (), strict=True
+    ):
+        if place.is_replicate():
+            copies, own = copies * size, own * size + at
+    return copies, own
+
+
 def like(owner: Tensor, rows: Tensor) -> Tensor:
     """`rows`, of the shape of `local(owner)`, as a tensor sharded like `owner`."""
     if not isinstance(owner, DTensor):
@@ -51,8 +64,3 @@ def assign(target: Tensor, value: Tensor) -> None:
     """Copy `value`, whole or sharded like `target`, into `target`."""
     rows = local(value) if isinstance(value, DTensor) else rows_of(value, target)
     local(target).copy_(rows)
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """The rows of all ranks put together; every rank must call it. A plain tensor itself."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

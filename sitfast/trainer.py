@@ -44,10 +44,10 @@ from sitfast.optim import Update, learning_rate
 from sitfast.parallel import World
 from sitfast.profiling import Window, annotate
 from sitfast.sample import generate, labels_for
-from sitfast.shards import whole
 from sitfast.vae import build_vae
 
 AUTOCAST = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+_SAVE_FAILED = 2  # what a rank says, instead of 1 for a signal, when its last checkpoint could not be written
 
 
 class Trainer:
@@ -103,8 +103,13 @@ class Trainer:
             rank=world.rank,
             seed=cfg.seed,
         )
+        self.saver = checkpoint.Saver(
+            self.run_dir, keep=cfg.checkpoint.keep, world=world, background=cfg.checkpoint.background
+        )
         self.step, self.window = 0, []
         resumed = self._resume()
+        if self.device.type == "cuda":
+            self.saver.reserve(**self._tensors())
         self.network = parallel.data_parallel(self.model, world)
         self.loader = Loader(
             source,
@@ -191,7 +196,10 @@ class Trainer:
                 self.logger.advance(self.step)
                 if self._due(cfg.log.every):
                     self._log(grad_norm)
-                asked = self.world.any(stop.signal is not None)
+                vote = self.world.most(_SAVE_FAILED if self.saver.failed else int(stop.signal is not None))
+                if vote == _SAVE_FAILED:
+                    self.saver.wait()  # raises, on all ranks
+                asked = vote > 0
                 if self._due(cfg.log.val_every):
                     self._validate()
                 if self._due(cfg.sample.every) and not asked:
@@ -199,12 +207,15 @@ class Trainer:
                 if self._due(cfg.checkpoint.every) or asked:
                     self._save()
                     saved = self.step
+                self._tell(self.saver.done())
                 if asked and self.step < cfg.train.steps:
                     name = stop.signal or "a signal to another rank"
+                    self._tell(self.saver.wait())
                     self.logger.note(f"stopped by {name} after step {self.step}; the same command continues from there")
                     return name
             if saved < self.step:
                 self._save()
+            self._tell(self.saver.wait())
             return None
         finally:
             choice.close()
@@ -305,29 +316,26 @@ class Trainer:
             self.logger.image(self.step, "samples", path)
 
     def _save(self) -> None:
-        """Write a checkpoint, atomically, from the main rank; all ranks wait for it."""
+        """Begin to write a checkpoint: training waits until the tensors are copied, not until they are on the disk."""
         self.update.check(self.step)
         window = self.world.mean(torch.stack(self.window)).tolist() if self.window else []
         with self._pause("checkpoint"):
-            model, optimizer = _whole(self.model.state_dict()), _whole(self.update.state())
-            emas = {decay: _whole(self.update.ema.state(i)) for i, decay in enumerate(self.cfg.ema.decays)}
-            if self.world.is_main:
-                path = checkpoint.save(
-                    self.run_dir,
-                    self.step,
-                    model=model,
-                    emas=emas,
-                    optimizer=optimizer,
-                    state={
-                        "samples": self.step * self.cfg.data.batch_size,
-                        "window": window,
-                        "model": self.model_kwargs,
-                    },
-                    config_yaml=config.dump(self.cfg),
-                    keep=self.cfg.checkpoint.keep,
-                )
-                self.logger.note(f"saved {path}")
-            self.world.barrier()
+            note = self.saver.save(
+                self.step,
+                **self._tensors(),
+                state={"samples": self.step * self.cfg.data.batch_size, "window": window, "model": self.model_kwargs},
+                config_yaml=config.dump(self.cfg),
+            )
+        self._tell(note)
+
+    def _tensors(self) -> dict[str, Any]:
+        """All that a checkpoint holds of this run, sharded as it is; views, not copies."""
+        emas = {decay: self.update.ema.state(i) for i, decay in enumerate(self.cfg.ema.decays)}
+        return {"model": self.model.state_dict(), "emas": emas, "optimizer": self.update.state()}
+
+    def _tell(self, note: str | None) -> None:
+        if note is not None:
+            self.logger.note(note)
 
     # ------------------------------------------------------------------------------------------------------ set-up
 
@@ -350,16 +358,17 @@ class Trainer:
 
     def _resume(self) -> bool:
         """Continue from the newest valid checkpoint, if the folder has one."""
-        path = checkpoint.latest(self.run_dir, warn=lambda text: print(f"warning: {text}", file=sys.stderr, flush=True))
+        path = None
+        if self.world.is_main:
+            path = checkpoint.latest(
+                self.run_dir, warn=lambda text: print(f"warning: {text}", file=sys.stderr, flush=True)
+            )
+        path = self.world.share(path)
         if path is None:
             return False
-        saved = checkpoint.load(path, device="cpu")
-        load_state(self.model, saved.model, source=str(path))
-        for i, decay in enumerate(self.cfg.ema.decays):
-            self.update.ema.load(i, saved.emas[decay])
-        self.update.load(saved.optimizer)
-        self.step = saved.step
-        self.window = list(torch.tensor(saved.state["window"], device=self.device))
+        state = checkpoint.restore(path, **self._tensors(), world=self.world)
+        self.step = state["step"]
+        self.window = list(torch.tensor(state["window"], device=self.device))
         return True
 
     def _build_model(self) -> None:
@@ -440,10 +449,6 @@ class Trainer:
         attention = describe_attention(self.model.grid**2, head, dtype, self.device)
         blocks = f"layer norm and residual: Triton; feed-forward: {feed_forward}; attention: {attention}"
         return f"{around}; {blocks}"
-
-
-def _whole(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: whole(tensor) for name, tensor in state.items()}
 
 
 def _check_patches(cfg: Config, downsample: int) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sitfast import config, parallel, shards
@@ -75,6 +76,10 @@ def test_the_same_training_at_any_number_of_ranks(ranks, tmp_path, alone, size, 
     assert (tmp_path / "samples/step-20.png").exists()
 
 
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def first_weights(strategy: str) -> dict[str, torch.Tensor]:
     cfg = config.load(None, [*TINY, f"parallel.strategy={strategy}"])
     with parallel.start(cfg) as world:
@@ -86,7 +91,7 @@ def first_weights(strategy: str) -> dict[str, torch.Tensor]:
         assert next(model.parameters()).is_meta
         torch.manual_seed(5)
         parallel.materialize(model, world.device)
-        return {name: shards.whole(p.detach()).clone() for name, p in model.named_parameters()}
+        return {name: whole(p.detach()).clone() for name, p in model.named_parameters()}
 
 
 def test_first_weights_do_not_depend_on_the_number_of_ranks(ranks):
@@ -115,11 +120,11 @@ def gradients(size: int, *, sharded: bool) -> dict[str, torch.Tensor]:
             freed = [m for m in model.modules() if isinstance(m, FSDPModule)][1:3]
             seen: list[bool] = []
             model.blocks[2].register_forward_pre_hook(
-                lambda *_: seen.extend(isinstance(p, torch.distributed.tensor.DTensor) for p in freed[0].parameters())
+                lambda *_: seen.extend(isinstance(p, DTensor) for p in freed[0].parameters())
             )
         model(x[part], t[part], y[part]).square().mean().backward()
         assert not sharded or (seen and all(seen))  # the block before was freed when its pending branch was added
-        return {n: shards.whole(p.grad).clone() for n, p in model.named_parameters() if p.requires_grad}
+        return {n: whole(p.grad).clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
 def test_the_pending_branch_crosses_freed_blocks(ranks):
