@@ -250,6 +250,11 @@ def dump(cfg: Config) -> str:
     return yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False)
 
 
+def flat(cfg: Config) -> dict[str, Any]:
+    """Every field by its dotted path."""
+    return dict(_leaves(cfg.model_dump(mode="json")))
+
+
 def differences(old: Config, new: Config) -> list[str]:
     """`section.field: old → new` for every field whose change makes it another run."""
     free: set[str] = set(_FREE)

@@ -16,25 +16,33 @@ gradients and the reduction are fp32; under ddp the weights stay fp32 and autoca
 from __future__ import annotations
 
 import gc
+import hashlib
+import json
 import os
 import signal
+import time
+import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from sitfast import config
 from sitfast.config import Config, ParallelConfig
 from sitfast.errors import SitfastError
+from sitfast.watch import Watch
 
 # What "selective" activation checkpointing keeps, by the start of the operator's name: matrix products and attention,
 # which are most of a block's arithmetic. Norms, modulation and GELU are computed again.
@@ -52,6 +60,7 @@ class World:
     size: int
     device: torch.device
     host_group: Any = None  # a dist.ProcessGroup; None is the default one
+    watch: Watch | None = None
 
     @property
     def is_main(self) -> bool:
@@ -85,6 +94,33 @@ class World:
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self.host_group)
         return box[0]
+
+    def at(self, step: int, doing: str) -> None:
+        """Let the other ranks know where this one is, should it stay there."""
+        if self.watch is not None:
+            self.watch.at(step, doing)
+
+    def failing(self) -> None:
+        """Call where an error ends the run: torchrun's SIGTERM must not cut off the line that says why."""
+        if self.watch is not None:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+    def agree(self, what: str, mine: dict[str, Any]) -> None:
+        """SitfastError on all ranks unless `mine` is the same on each; `what` it is stands in the message."""
+        if self.size == 1:
+            return
+        text = json.dumps(mine, sort_keys=True, default=str)
+        hashes: list[Any] = [None] * self.size
+        dist.all_gather_object(hashes, hashlib.sha256(text.encode()).hexdigest(), group=self.host_group)
+        other = next((rank for rank in range(self.size) if hashes[rank] != hashes[0]), None)
+        if other is None:
+            return
+        everything: list[Any] = [None] * self.size
+        dist.all_gather_object(everything, mine, group=self.host_group)
+        first, second = everything[0], everything[other]
+        different = [key for key in {**first, **second} if first.get(key) != second.get(key)]
+        named = "; ".join(f"{key}: {first.get(key)} on rank 0, {second.get(key)} on rank {other}" for key in different)
+        raise SitfastError(f"the ranks have different {what} ({named}); give all of them the same")
 
     def barrier(self) -> None:
         """Wait for all ranks, on the CPUs."""
@@ -125,19 +161,101 @@ def start(cfg: Config) -> Iterator[World]:
     timeout = timedelta(seconds=cfg.parallel.timeout_s)
     if size == 1:
         dist.init_process_group(backend, store=_own_store(), rank=0, world_size=1, timeout=timeout)
+        watch = None
     else:
-        dist.init_process_group(backend, timeout=timeout)
+        watch = _join(backend, rank, size, cfg.parallel.timeout_s)
+    world = World(rank, size, device, watch=watch)
     try:
-        host_group = None if backend == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
-        yield World(rank, size, device, host_group)
+        if backend != "gloo":
+            world = replace(world, host_group=dist.new_group(backend="gloo", timeout=timeout))
+        world.agree("settings or versions", config.flat(cfg) | {"torch": torch.__version__, "sitfast": _code()})
+        yield world
+    except Exception as error:
+        world.failing()
+        reason = error if watch is None else watch.judge(error)
+        if backend == "gloo":  # with NCCL, leaving waits for collectives that will never end; the process ends instead
+            _leave()
+        if reason is error:
+            raise
+        raise reason from error
+    else:
+        _leave()
     finally:
-        gc.collect()  # DistributedDataParallel refers to itself; left for exit, it can abort the process there
-        dist.destroy_process_group()
+        if watch is not None:
+            watch.close()
+
+
+def _join(backend: str, rank: int, size: int, timeout_s: int) -> Watch:
+    """Meet the other ranks where the environment says, and form the default group with them."""
+    place = f"{os.environ.get('MASTER_ADDR', '(no MASTER_ADDR)')}:{os.environ.get('MASTER_PORT', '(no MASTER_PORT)')}"
+    # Collectives between CPUs end first, at timeout_s: their errors reach Python, where NCCL ends the process.
+    group_s = timeout_s if backend == "gloo" else timeout_s + 60
+    try:
+        # Other ranks are waited for here, not in torch, which would not say which are missing.
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        keeper = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else torchrun keeps it
+        patience = timedelta(seconds=timeout_s)
+        tcp_store: Any = dist.TCPStore  # pyright: ignore[reportPrivateImportUsage]
+        store = tcp_store(address, port, is_master=keeper, timeout=patience, wait_for_workers=False)
+        store = c10d.PrefixStore(assemble(store, rank, size, timeout_s), store)
+        watch = Watch(c10d.PrefixStore("watch", store), rank=rank, size=size, timeout_s=timeout_s)
+        group_store, timeout = c10d.PrefixStore("group", store), timedelta(seconds=group_s)
+        dist.init_process_group(backend, store=group_store, rank=rank, world_size=size, timeout=timeout)
+    except (KeyError, ValueError, RuntimeError) as error:
+        cause = str(error).strip().partition("\n")[0]
+        raise SitfastError(
+            f"cannot meet the other ranks at {place} within parallel.timeout_s={timeout_s} ({cause}); check that all nodes"
+            " are started with the same --nnodes, --rdzv-id and --rdzv-endpoint, and that this address can be reached"
+        ) from error
+    return watch
 
 
 def _own_store() -> Any:
     """Where a process that has no peers meets itself."""
     return dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+
+
+def assemble(store: Any, rank: int, size: int, timeout_s: float) -> str:
+    """A name that the ranks of this start share and no earlier start had.
+
+    torchrun keeps one store over its restarts, so that what dead ranks wrote is still there, their addresses too. Here
+    each rank says a number of its own, and joins under the name that comes back together with it; so only a rank 0 that
+    is alive can have sent it.
+    """
+    mine, name, late = uuid.uuid4().hex, uuid.uuid4().hex, []
+    others = range(1, size)
+    store.set(f"hello/{rank}", mine)
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if rank:
+            answer = _get(store, f"welcome/{rank}").split()
+            if answer[:1] == [mine]:
+                store.set(f"here/{rank}", answer[1])
+                return answer[1]
+        else:
+            late = [other for other in others if _get(store, f"here/{other}") != name]
+            if not late:
+                return name
+            for other in late:
+                store.set(f"welcome/{other}", f"{_get(store, f'hello/{other}')} {name}")
+        time.sleep(0.02)
+    missing = f"ranks {', '.join(map(str, late[:8]))} of {size}" if late else "rank 0"
+    raise RuntimeError(f"{missing} did not come")
+
+
+def _get(store: Any, key: str) -> str:
+    return store.get(key).decode() if store.check([key]) else "-"
+
+
+def _leave() -> None:
+    gc.collect()  # DistributedDataParallel refers to itself; left for exit, it can abort the process there
+    dist.destroy_process_group()
+
+
+def _code() -> str:
+    """A hash of this package's source: nodes may have different checkouts."""
+    files = sorted(Path(__file__).parent.rglob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 
 def prepare_blocks(blocks: nn.ModuleList, *, activation_checkpoint: str, compiled: bool) -> None:
@@ -280,4 +398,5 @@ class StopRequest:
 
     def close(self) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) == self._receive:
+                signal.signal(number, handler)

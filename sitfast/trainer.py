@@ -8,6 +8,7 @@ is its weights, moments, averages and the number of steps done: what is in a che
 
 from __future__ import annotations
 
+import hashlib
 import sys
 import time
 from collections.abc import Iterator
@@ -47,6 +48,7 @@ from sitfast.sample import generate, labels_for
 from sitfast.vae import build_vae
 
 AUTOCAST = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+ELSEWHERE = "a signal to another rank"
 _SAVE_FAILED = 2  # what a rank says, instead of 1 for a signal, when its last checkpoint could not be written
 
 
@@ -65,6 +67,7 @@ class Trainer:
         self._claim_folder()
 
         source = data.build_source(cfg.data)
+        world.agree("data", _fingerprint(source))
         if source.num_classes > cfg.model.num_classes:
             raise SitfastError(
                 f"model.num_classes={cfg.model.num_classes} is too few: {cfg.data.source} holds labels up to"
@@ -172,9 +175,11 @@ class Trainer:
         return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
 
     def _next_batch(self) -> data.Batch:
+        self.world.at(self.step, "reading data")
         start = time.perf_counter()
         batch = next(self.loader)
         self._waited += time.perf_counter() - start
+        self.world.at(self.step, "training")
         return batch
 
     # ---------------------------------------------------------------------------------------------------- the loop
@@ -209,14 +214,17 @@ class Trainer:
                     saved = self.step
                 self._tell(self.saver.done())
                 if asked and self.step < cfg.train.steps:
-                    name = stop.signal or "a signal to another rank"
                     self._tell(self.saver.wait())
+                    name = stop.signal or ELSEWHERE
                     self.logger.note(f"stopped by {name} after step {self.step}; the same command continues from there")
                     return name
             if saved < self.step:
                 self._save()
             self._tell(self.saver.wait())
             return None
+        except Exception:
+            self.world.failing()
+            raise
         finally:
             choice.close()
             stop.close()
@@ -263,11 +271,13 @@ class Trainer:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         start = time.perf_counter()
+        self.world.at(self.step - 1, name)
         try:
             with annotate(name):
                 yield
         finally:
             self._paused += time.perf_counter() - start
+            self.world.at(self.step - 1, "training")
 
     # -------------------------------------------------------------------------------------------- now and then
 
@@ -449,6 +459,24 @@ class Trainer:
         attention = describe_attention(self.model.grid**2, head, dtype, self.device)
         blocks = f"layer norm and residual: Triton; feed-forward: {feed_forward}; attention: {attention}"
         return f"{around}; {blocks}"
+
+
+def _fingerprint(source: data.Source) -> dict[str, Any]:
+    """What tells one data set from another: its counts, its classes and three of its rows."""
+    rows: list[str] = []
+    for row in (0, source.num_rows // 2, source.num_rows - 1):
+        try:
+            x, y = source.load(row)
+            rows.append(hashlib.sha256(x.contiguous().numpy().tobytes()).hexdigest()[:12] + f" of class {y}")
+        except data.Unreadable as error:
+            rows.append(f"{error.name} is unreadable")
+    names = hashlib.sha256("\n".join(source.class_names).encode()).hexdigest()[:12]
+    return {
+        "number of rows": source.num_rows,
+        "number of classes": source.num_classes,
+        "class names": names,
+        "first, middle and last row": rows,
+    }
 
 
 def _check_patches(cfg: Config, downsample: int) -> None:

@@ -6,6 +6,7 @@ rank prints goes to a log of its own, which a failure shows.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -91,5 +92,6 @@ def _serve(pipe: Any, log: Path) -> None:
         except BaseException as error:
             answer = Failed(type(error).__name__, str(error), traceback.format_exc())
             traceback.print_exc()
+        gc.collect()  # what an error kept alive held connections, whose end the other ranks wait for
         sys.stdout.flush()
         pipe.send(answer)
