@@ -106,6 +106,7 @@ class EMAConfig(Section):
 class TrainConfig(Section):
     steps: Positive = 400_000
     accumulate: Positive = 1  # micro-batches a step
+    auto_accumulate: bool = False  # more of them where the predicted memory needs it; the global batch stays
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "bf16"
     compile: bool | None = None  # torch.compile of each block; null means on GPUs
     mlp_save: Literal["preact", "both"] = "preact"  # "both" keeps the GELU's output too: faster, for more memory
@@ -196,6 +197,7 @@ _FREE = (
     "vae.id",
     "vae.batch_size",
     "train.accumulate",
+    "train.auto_accumulate",
     "train.compile",
     "train.mlp_save",
     "train.kernels",

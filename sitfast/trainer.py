@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sitfast import checkpoint, config, data, metrics, parallel
+from sitfast import checkpoint, config, data, memory, metrics, parallel
 from sitfast.config import Config
 from sitfast.data.loader import Loader, fixed_batches
 from sitfast.data.sampler import held_out
@@ -85,6 +85,9 @@ class Trainer:
             **cfg.model.model_dump(exclude={"init_from"}, exclude_none=True),
         }
         _check_patches(cfg, self.vae.downsample)
+        with torch.device("meta"):
+            self.model = build_model(**self.model_kwargs)
+        cfg = self._plan_memory()
         self._build_model()
         if cfg.model.init_from:
             weights = checkpoint.find_weights(cfg.model.init_from)
@@ -222,6 +225,9 @@ class Trainer:
                 self._save()
             self._tell(self.saver.wait())
             return None
+        except torch.OutOfMemoryError as error:
+            self.world.failing()
+            raise self._out_of_memory(error) from error
         except Exception:
             self.world.failing()
             raise
@@ -381,11 +387,27 @@ class Trainer:
         self.window = list(torch.tensor(state["window"], device=self.device))
         return True
 
+    def _plan_memory(self) -> Config:
+        """The config, with as many micro-batches as the memory needs where that is asked for."""
+        cfg, size = self.cfg, self.world.size
+        self.memory = memory.capacity(self.device)
+        if cfg.train.auto_accumulate:
+            count = self.world.most(memory.fitting_accumulate(cfg, self.model, size, self.memory))
+            cfg = self.cfg = memory.with_changes(cfg, train={"accumulate": count})
+        self.predicted = memory.predict(cfg, self.model, size)
+        return cfg
+
+    def _out_of_memory(self, error: torch.OutOfMemoryError) -> SitfastError:
+        total = self.memory or 0
+        how = memory.remedies(self.cfg, self.model, self.world.size, total) if total else "use smaller micro-batches"
+        said = str(error).partition(". ")[0]
+        return SitfastError(
+            f"out of GPU memory in step {self.step + 1} ({said}): {self.predicted}, the GPU has {total / 2**30:.1f} GiB; {how}"
+        )
+
     def _build_model(self) -> None:
         """Checkpoint, compile and shard the blocks while the model is a mere description, then give it its weights."""
         cfg = self.cfg
-        with torch.device("meta"):
-            self.model = build_model(**self.model_kwargs)
         for module in self.model.modules():
             if isinstance(module, Mlp):
                 module.save = cfg.train.mlp_save
@@ -425,6 +447,7 @@ class Trainer:
             ("vae", cfg.vae.id or "none: pixels"),
             ("precision", precision.get(cfg.train.precision, cfg.train.precision)),
             ("parallel", self._parallel()),
+            ("memory", f"{self.predicted}" + (f" of {self.memory / 2**30:.1f}" if self.memory else "")),
             ("compiled", "each block, torch.compile" if self.compiled else "nothing"),
             ("kernels", self._kernels()),
             ("output", str(self.run_dir)),
