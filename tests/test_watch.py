@@ -27,7 +27,7 @@ def disturbed(step: int, rank: int, how: str, overrides: list[str]) -> int:
             if how == "raise":
                 raise SitfastError("the cat sat on row 7; remove the cat")
             if how == "sleep":
-                time.sleep(4.5)
+                time.sleep(3)
             if how == "SIGTERM":
                 os.kill(os.getpid(), signal.SIGTERM)
         return original(self)
@@ -50,9 +50,9 @@ def test_the_others_name_the_rank_that_failed(ranks, tmp_path):
 
 
 def test_a_hanging_rank_is_named_with_the_time_out(ranks, tmp_path):
-    run = [*TINY, "parallel.timeout_s=2", "parallel.strategy=fsdp", f"output_dir={tmp_path}"]
+    run = [*TINY, "parallel.timeout_s=1", "parallel.strategy=fsdp", f"output_dir={tmp_path}"]
     waiting, hanging = ranks.run(2, disturbed, 4, 1, "sleep", run)
-    why = "because rank 1 failed first: no answer within parallel.timeout_s=2; it is in step 4 (reading data)"
+    why = "because rank 1 failed first: no answer within parallel.timeout_s=1; it is in step 4 (reading data)"
     assert waiting.text.startswith("stopped in step 4 (training)") and waiting.text.endswith(why)
     assert hanging.text.endswith(why)  # when it comes back, it hears so too
 
@@ -181,9 +181,9 @@ def test_the_thread_ends_a_rank_whose_main_thread_hangs(alone, monkeypatch):
 
 def test_kills_are_survived(ranks, tmp_path):
     """Two of the hundred of `python -m tests.chaos`: the last checkpoint has the bits of a run without them."""
-    run = [*TINY, "train.steps=60", "log.every=50", "parallel.strategy=fsdp", "data.source=digits"]
+    run = [*TINY, "train.steps=40", "log.every=50", "parallel.strategy=fsdp", "data.source=digits"]
     killed, log = tmp_path / "killed", tmp_path / "log"
     assert chaos.disturb(killed, run, log, kills=2, seed=1) == 2
     assert b"because rank" in log.read_bytes()
     ranks(2, disturbed, 0, 0, "nothing", [*run, f"output_dir={tmp_path / 'straight'}"])
-    assert_equal(killed / "checkpoint-60", tmp_path / "straight/checkpoint-60")
+    assert_equal(killed / "checkpoint-40", tmp_path / "straight/checkpoint-40")
