@@ -1,5 +1,6 @@
 #!/bin/bash
-# Train on several nodes under Slurm, and go on after a preemption or the time limit: sbatch examples/slurm.sh configs/xl2.yaml …
+# Train on several nodes under Slurm, and go on after a preemption or the time limit:
+#   sbatch examples/slurm.sh configs/xl2.yaml data.path=…
 #
 # Each node runs one torchrun, which starts a rank for each GPU. Slurm warns this script 5 minutes before the end and when the
 # job is preempted; it passes SIGTERM on, every rank saves and exits, and the job goes back into the queue. The same command
