@@ -8,7 +8,11 @@
 
 A checkpoint is written to a temporary folder beside its place, every file and then the folder reaches the disk, and one
 rename puts it in its place; old ones go the same way backwards. So a kill at any moment leaves whole checkpoints and
-temporaries, and `clean` removes the temporaries of processes that are gone. Only one rank calls `save` and `clean`.
+temporaries, and `clean` removes the temporaries of processes that are gone.
+
+All ranks write, each its rows (see `checkpoint_storage`), so the files are the same whatever the number of ranks and the
+sharding, and are read under any other. `Saver` copies the tensors to host memory, which is all that training waits for,
+and writes behind it.
 """
 
 from __future__ import annotations
@@ -21,18 +25,28 @@ import os
 import pickle
 import re
 import shutil
+import threading
+import time
 import warnings
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
+from sitfast.checkpoint_storage import Layout, Planner, Reader, Rows, Writer, read_header
 from sitfast.errors import SitfastError
+from sitfast.parallel import World
+from sitfast.shards import copies_of, first_row, local
 
 _FORMAT = 1
 _MODEL, _EMA, _OPTIMIZER = "model.safetensors", "ema.safetensors", "optimizer.safetensors"
@@ -64,62 +78,193 @@ def save(
     config_yaml: str,
     keep: int,
 ) -> Path:
-    """Write checkpoint `step`, then remove all but the newest `keep` valid ones (0 keeps all); returns its folder.
+    """Write checkpoint `step` from this process alone and wait for it; returns its folder. See `Saver.save`."""
+    saver = Saver(run_dir, keep=keep, world=World(0, 1, torch.device("cpu")), background=False)
+    saver.save(step, model=model, emas=emas, optimizer=optimizer, state=state, config_yaml=config_yaml)
+    saver.wait()
+    return run_dir / f"checkpoint-{step}"
 
-    A valid checkpoint of that step is left as it is: the same run writes the same bits. Tensors may live on any device
-    and have any dtype; host memory is needed for one file at a time.
+
+class Saver:
+    """Writes the checkpoints of a run, all ranks together, behind the training.
+
+    Construct it, and call `save` and `wait`, on all ranks. One save is under way at a time: the next one waits for it.
     """
-    final = run_dir / f"checkpoint-{step}"
-    if not _is_valid(final):
-        tensors = {_MODEL: model, _OPTIMIZER: optimizer}
-        ema_files = {decay: f"ema-{decay}.safetensors" if i else _EMA for i, decay in enumerate(emas)}
-        tensors |= {ema_files[decay]: ema for decay, ema in emas.items()}
-        needed = _MARGIN + sum(t.numel() * t.element_size() for ts in tensors.values() for t in ts.values())
-        temporary = run_dir / f".tmp-{final.name}-{os.getpid()}"
-        try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            if shutil.disk_usage(run_dir).free < needed:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            _write(temporary, step, tensors, ema_files, state, config_yaml)
+
+    def __init__(self, run_dir: Path, *, keep: int, world: World, background: bool = True) -> None:
+        self.run_dir, self.keep, self.world, self.background = run_dir, keep, world, background
+        self._group: Any = dist.new_group(backend="gloo") if world.size > 1 else None  # other threads have their own
+        self._main_pid = world.share(os.getpid())
+        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._note: str | None = None
+
+    def save(
+        self,
+        step: int,
+        *,
+        model: Mapping[str, Tensor],
+        emas: Mapping[float, Mapping[str, Tensor]],
+        optimizer: Mapping[str, Tensor],
+        state: dict[str, Any],
+        config_yaml: str,
+    ) -> str | None:
+        """Write checkpoint `step`, then remove all but the newest `keep` valid ones (0 keeps all).
+
+        Returns once the tensors may change again, with the note of the save before this one, if there was one. A valid
+        checkpoint of that step is left as it is: the same run writes the same bits. Tensors may be whole or sharded, on
+        any device, of any dtype.
+        """
+        start = time.perf_counter()
+        note = self.wait()
+        final = self.run_dir / f"checkpoint-{step}"
+        if self.world.share(_is_valid(final)):
+            if self.world.is_main:
+                _retire(self.run_dir, step, self.keep)
+            return note
+        files, ema_files = _files(model, emas, optimizer)
+        layouts = {name: Layout(tensors) for name, tensors in files.items()}
+        rows = self._copy(files)
+        stalled = time.perf_counter() - start
+
+        def finish() -> None:
+            header = {
+                "format": _FORMAT,
+                "step": step,
+                "files": {name: layout.size for name, layout in layouts.items()},
+                "emas": [[decay, name] for decay, name in ema_files.items()],
+                "state": state,
+            }
+            _complete(temporary, header, config_yaml)
             if final.exists():  # broken, or it would have been valid
                 _discard(final)
             os.replace(temporary, final)
-            _sync(run_dir)
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise _save_error(run_dir, final.name, needed, error) from error
+            _sync(self.run_dir)
+            _retire(self.run_dir, step, self.keep)
+
+        def work() -> None:
+            try:
+                self._write(rows, writer)
+                written = time.perf_counter() - start - stalled
+                self._note = f"saved {final} (training stood still for {stalled:.2f} s, written in {written:.2f} s)"
+            except BaseException as error:  # it reaches the training by `wait`
+                if self.world.is_main:
+                    shutil.rmtree(temporary, ignore_errors=True)
+                self._error = _save_error(self.run_dir, final.name, writer.needed, error, self.world)
+
+        temporary = self.run_dir / f".tmp-{final.name}-{self._main_pid}"
+        needed = _MARGIN + sum(layout.size for layout in layouts.values())
+        writer = Writer(temporary, layouts, needed=needed, finish=finish)
+        if not self.background:
+            work()
+            return note
+        self._thread = threading.Thread(target=work, name="checkpoint", daemon=True)
+        self._thread.start()
+        return note
+
+    @property
+    def failed(self) -> bool:
+        """Whether the last save has failed; then `wait` raises, on all ranks."""
+        return self._error is not None
+
+    def done(self) -> str | None:
+        """The note of a save that has ended since the last call, without waiting."""
+        busy = self._thread is not None and self._thread.is_alive()
+        return None if busy or self.failed else self.wait()
+
+    def wait(self) -> str | None:
+        """Wait for the save under way; its note, or a SitfastError if it failed on any rank."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+        note, self._note = self._note, None
+        return note
+
+    def reserve(
+        self,
+        *,
+        model: Mapping[str, Tensor],
+        emas: Mapping[float, Mapping[str, Tensor]],
+        optimizer: Mapping[str, Tensor],
+    ) -> None:
+        """Take the host memory for copies of this rank's part, ahead of the first save."""
+        self._reserve(_files(model, emas, optimizer)[0])
+
+    def _reserve(self, files: Mapping[str, Mapping[str, Tensor]]) -> None:
+        mine = [local(tensor) for _, tensor in self._mine(files)]
+        size = sum(map(_padded, mine))
+        if self._memory.numel() >= size:
+            return
+        self._memory = torch.empty(size, dtype=torch.uint8)
+        if mine[0].is_cuda:  # fixed in its place, so that the GPU copies at the speed of the bus
+            runtime: Any = torch.cuda.cudart()
+            torch.cuda.check_error(int(runtime.cudaHostRegister(self._memory.data_ptr(), size, 0)))
+            weakref.finalize(self, runtime.cudaHostUnregister, self._memory.data_ptr()).atexit = False
+
+    def _mine(self, files: Mapping[str, Mapping[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """What this rank writes: its shard, and of what several ranks hold about the same number of bytes each."""
+        loads: dict[int, list[int]] = {}
+        for file, tensors in files.items():
+            for name, tensor in tensors.items():
+                copies, own = copies_of(tensor, self.world.rank, self.world.size)
+                load = loads.setdefault(copies, [0] * copies)
+                writer = load.index(min(load))
+                load[writer] += tensor.numel() * tensor.element_size()
+                if writer == own and local(tensor).numel():
+                    yield f"{file}/{name}", tensor
+
+    def _copy(self, files: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Rows]:
+        """This rank's part of the tensors, in host memory that the saves share."""
+        self._reserve(files)
+        rows, end = {}, 0
+        for name, tensor in self._mine(files):
+            values = local(tensor).detach()
+            begin, end = end, end + _padded(values)
+            copy = self._memory[begin : begin + values.nbytes].view(values.dtype).view(values.shape)
+            copy.copy_(values, non_blocking=True)
+            rows[name] = Rows(copy, first_row(tensor), tensor.shape)
+        if torch.cuda.is_available():
+            torch.cuda.current_stream().synchronize()
+        return rows
+
+    def _write(self, rows: dict[str, Rows], writer: Writer) -> None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            alone = self.world.size == 1
+            dcp_save(rows, storage_writer=writer, planner=Planner(), process_group=self._group, no_dist=alone)
+
+
+def _files(
+    model: Mapping[str, Tensor], emas: Mapping[float, Mapping[str, Tensor]], optimizer: Mapping[str, Tensor]
+) -> tuple[dict[str, Mapping[str, Tensor]], dict[float, str]]:
+    """The tensors of each file, and the file of each decay."""
+    names = {decay: f"ema-{decay}.safetensors" if i else _EMA for i, decay in enumerate(emas)}
+    return {_MODEL: model, _OPTIMIZER: optimizer} | {names[decay]: ema for decay, ema in emas.items()}, names
+
+
+def _padded(tensor: Tensor) -> int:
+    return -(-tensor.nbytes // 64) * 64
+
+
+def _complete(folder: Path, header: dict[str, Any], config_yaml: str) -> None:
+    """Add what makes the tensor files in `folder` a checkpoint, and see it to the disk."""
+    (folder / _CONFIG).write_text(config_yaml, encoding="utf-8")
+    header["files"][_CONFIG] = (folder / _CONFIG).stat().st_size
+    (folder / _STATE).write_text(json.dumps(header, indent=2), encoding="utf-8")
+    for name in (_CONFIG, _STATE):
+        _sync(folder / name)
+    _sync(folder)
+
+
+def _retire(run_dir: Path, step: int, keep: int) -> None:
+    """Remove all but the newest `keep` valid checkpoints up to `step`; 0 keeps all."""
     if keep:
         for old in [path for path in _folders(run_dir) if _step(path) < step and _is_valid(path)][keep - 1 :]:
             _discard(old)
-    return final
-
-
-def _write(
-    folder: Path,
-    step: int,
-    tensors: Mapping[str, Mapping[str, Tensor]],
-    ema_files: Mapping[float, str],
-    state: dict[str, Any],
-    config_yaml: str,
-) -> None:
-    """Write a whole checkpoint into `folder` and see it to the disk."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    for name, content in tensors.items():
-        host = {key: value.detach().cpu().contiguous() for key, value in content.items()}
-        save_file(host, folder / name, metadata={"format": "pt"})
-    (folder / _CONFIG).write_text(config_yaml, encoding="utf-8")
-    header = {
-        "format": _FORMAT,
-        "step": step,
-        "files": {name: (folder / name).stat().st_size for name in (*tensors, _CONFIG)},
-        "emas": [[decay, name] for decay, name in ema_files.items()],
-        "state": state,
-    }
-    (folder / _STATE).write_text(json.dumps(header, indent=2), encoding="utf-8")
-    for path in folder.iterdir():
-        _sync(path)
-    _sync(folder)
 
 
 def _sync(path: Path) -> None:
@@ -139,18 +284,33 @@ def _discard(path: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _save_error(run_dir: Path, name: str, needed: int, error: Exception) -> SitfastError:
+def _save_error(run_dir: Path, name: str, needed: int, error: BaseException, world: World) -> BaseException:
+    """What `wait` raises: one clear line where a disk is at fault, on this rank or on another; else the error itself."""
+    rank, error = _root(error)
+    if not isinstance(error, (OSError, SafetensorError)):
+        return error
+    where = f" on rank {rank}" if world.size > 1 else ""
     good = next((path for path in _folders(run_dir) if _is_valid(path)), None)
     kept = f"the last good checkpoint, {good.name}, is kept" if good else "there is no earlier checkpoint"
-    # safetensors reports the number of the operating system's error in its text only.
-    full = {errno.ENOSPC, errno.EDQUOT}
-    if getattr(error, "errno", None) in full or any(f"os error {number})" in str(error) for number in full):
-        free = shutil.disk_usage(run_dir).free
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+        free = (
+            f"{shutil.disk_usage(run_dir).free / 2**30:.2f} GiB are free" if rank == world.rank else "too few are free"
+        )
         return SitfastError(
-            f"cannot save {name}: it needs {needed / 2**30:.2f} GiB and {free / 2**30:.2f} GiB are free in {run_dir}; "
+            f"cannot save {name}{where}: it needs {needed / 2**30:.2f} GiB and {free} in {run_dir}; "
             f"{kept}; free some space or lower checkpoint.keep, then start again to resume"
         )
-    return SitfastError(f"cannot save {name} in {run_dir}: {error}; {kept}; check that the folder can be written to")
+    return SitfastError(
+        f"cannot save {name}{where} in {run_dir}: {error}; {kept}; check that the folder can be written to"
+    )
+
+
+def _root(error: BaseException) -> tuple[int, BaseException]:
+    """The rank that failed, and how."""
+    if not isinstance(error, CheckpointException):
+        return 0, error
+    rank = min(error.failures)
+    return rank, error.failures[rank][0]
 
 
 def clean(run_dir: Path) -> None:
@@ -260,6 +420,55 @@ def load(path: Path, device: str | torch.device = "cpu") -> Checkpoint:
         state=header["state"],
         config_yaml=(path / _CONFIG).read_text(encoding="utf-8"),
     )
+
+
+def restore(
+    path: Path,
+    *,
+    model: Mapping[str, Tensor],
+    emas: Mapping[float, Mapping[str, Tensor]],
+    optimizer: Mapping[str, Tensor],
+    world: World,
+) -> dict[str, Any]:
+    """Copy a checkpoint into tensors of the same names, each rank its own rows; returns what `read_state` does.
+
+    All ranks call it; a file that cannot be read on one is an error on all.
+    """
+    header = _header(path)
+    saved = {float(decay): name for decay, name in header["emas"]}
+    files = {_MODEL: model, _OPTIMIZER: optimizer} | {saved[decay]: ema for decay, ema in emas.items()}
+    for name, tensors in files.items():
+        with _readable(path / name):
+            _check_fit(path / name, read_header(path / name), tensors)
+    targets = {f"{name}/{key}": tensor for name, tensors in files.items() for key, tensor in tensors.items()}
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp_load(
+                targets,
+                storage_reader=Reader(path, list(files)),
+                process_group=world.host_group,
+                no_dist=world.size == 1,
+            )
+    except CheckpointException as error:
+        rank, cause = _root(error)
+        raise SitfastError(f"{path} cannot be read on rank {rank} ({cause}); copy it again or remove it") from error
+    return header["state"] | {"step": header["step"]}
+
+
+def _check_fit(file: Path, saved: Mapping[str, tuple[torch.dtype, torch.Size]], tensors: Mapping[str, Tensor]) -> None:
+    """The names and the shapes must agree."""
+    for names, fault in ((tensors.keys() - saved.keys(), "lacks"), (saved.keys() - tensors.keys(), "has an unknown")):
+        if names:
+            raise SitfastError(
+                f"{file} {fault} {min(names)!r} ({len(names)} such): it is another model's; use the config it was saved with"
+            )
+    for name, tensor in tensors.items():
+        if saved[name][1] != tensor.shape:
+            raise SitfastError(
+                f"{file}: {name!r} has shape {tuple(saved[name][1])}, this model needs {tuple(tensor.shape)}; "
+                "use the config it was saved with"
+            )
 
 
 def read_state(path: Path) -> dict[str, Any]:

@@ -126,6 +126,7 @@ class EMAConfig(Section):
 class TrainConfig(Section):
     steps: Positive = 400_000
     accumulate: Positive = 1  # micro-batches a step
+    auto_accumulate: bool = False  # more of them where the predicted memory needs it; the global batch stays
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "bf16"
     compile: bool | None = None  # torch.compile of each block; null means on GPUs
     mlp_save: Literal["preact", "both"] = "preact"  # "both" keeps the GELU's output too: faster, for more memory
@@ -136,12 +137,16 @@ class TrainConfig(Section):
 class ParallelConfig(Section):
     backend: Literal["auto", "nccl", "gloo"] = "auto"
     timeout_s: Positive = 600  # a collective that takes longer stops the run
-    activation_checkpoint: Literal["none", "block"] = "none"  # "block" trades a third more compute for memory
+    strategy: Literal["ddp", "fsdp", "hsdp"] = "ddp"  # whole weights on each rank, sharded over all, over some
+    shard_size: Positive | None = None  # of hsdp: ranks that share one copy of the weights; null: those of one host
+    reshard_after_forward: bool = True  # of fsdp, hsdp: free a block's gathered weights until its backward pass
+    activation_checkpoint: Literal["none", "selective", "block"] = "none"  # recompute nothing, all but GEMMs, all
 
 
 class CheckpointConfig(Section):
     every: Positive = 10_000
     keep: Count = 3  # the newest so many; 0 keeps all
+    background: bool = True  # training goes on while a checkpoint is written
 
 
 class LogConfig(Section):
@@ -216,6 +221,7 @@ _FREE = (
     "vae.batch_size",
     "vae.compile",
     "train.accumulate",
+    "train.auto_accumulate",
     "train.compile",
     "train.mlp_save",
     "train.kernels",
@@ -268,6 +274,11 @@ def check_world(cfg: Config, world_size: int) -> None:
 def dump(cfg: Config) -> str:
     """The whole configuration, defaults included, as YAML."""
     return yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False)
+
+
+def flat(cfg: Config) -> dict[str, Any]:
+    """Every field by its dotted path."""
+    return dict(_leaves(cfg.model_dump(mode="json")))
 
 
 def differences(old: Config, new: Config) -> list[str]:
@@ -455,6 +466,8 @@ def _combinations(cfg: Config) -> Iterator[Problem]:
         yield problem("ema.decays", rule="each decay once")
     if cfg.log.val_every and not data.val_samples:
         yield problem("log.val_every", "data.val_samples", rule="hold some rows out, such as data.val_samples=1024")
+    if cfg.parallel.shard_size is not None and cfg.parallel.strategy != "hsdp":
+        yield problem("parallel.shard_size", "parallel.strategy", rule="only hsdp has groups; use null or hsdp")
     if (profile.start is None) != (profile.stop is None):
         yield problem("profile.start", "profile.stop", rule="a window needs both")
     elif profile.start is not None and profile.stop is not None and profile.stop <= profile.start:

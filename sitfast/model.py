@@ -30,6 +30,7 @@ from sitfast.kernels import (
 )
 from sitfast.kernels.mlp import Save
 from sitfast.kernels.qk_norm_rope import Norm, axial_angles
+from sitfast.shards import assign, like, rows_of
 
 Angles = tuple[Tensor, Tensor]  # cos and sin [N, d/2] of the rotary embedding
 Pending = tuple[Tensor, Tensor, Tensor]  # y [B, N, D], gate [B, D], bias [D]: gate · (y + bias) is still to be added
@@ -245,24 +246,30 @@ class SiT(nn.Module):
         self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mlp_size, qk_norm) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         self._angles: dict[torch.device, Angles] = {}
-        self.initialize_weights()
+        if not self.pos_embed.is_meta:
+            self.initialize_weights()
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
         """Zero biases, modulations and output layer; one for the weights of q_norm and k_norm; N(0, 0.02) embedders of t
-        and y; Xavier-uniform for the rest."""
-        self.pos_embed.copy_(sincos_pos_embed(self.pos_embed.shape[-1], self.grid))
+        and y; Xavier-uniform for the rest.
+
+        Each is drawn whole, on the CPU, one after another, so that the numbers are the same on any device and however
+        the weights are sharded; the memory needed is that of the largest.
+        """
         for name, parameter in self.named_parameters():
+            value = torch.zeros(parameter.shape, device="cpu")
             if name == "pos_embed":
-                continue
-            if name.endswith("bias") or "adaLN_modulation" in name or name.startswith("final_layer"):
-                nn.init.zeros_(parameter)
+                value = sincos_pos_embed(value.shape[-1], self.grid)
+            elif name.endswith("bias") or "adaLN_modulation" in name or name.startswith("final_layer"):
+                pass
             elif ".q_norm." in name or ".k_norm." in name:
-                nn.init.ones_(parameter)
+                value.fill_(1.0)
             elif name.startswith(("t_embedder", "y_embedder")):
-                nn.init.normal_(parameter, std=0.02)
+                nn.init.normal_(value, std=0.02)
             else:
-                nn.init.xavier_uniform_(parameter.flatten(1))  # the patch kernel counts as a linear layer
+                nn.init.xavier_uniform_(value.flatten(1))  # a view; the patch kernel counts as a linear layer
+            assign(parameter, value)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """The prediction for x_t [B, C, H, W] at times t [B] with labels y [B]: [B, C, H, W]."""
@@ -388,7 +395,10 @@ def build_model(preset: str | None = None, **kwargs: Any) -> SiT:
 
 
 def load_state(model: nn.Module, weights: dict[str, Tensor], *, source: str) -> None:
-    """Copy `weights` into the model, strictly; `source` names the file in the error."""
+    """Copy `weights`, whole, into the model (of a sharded one, into what this rank holds), strictly.
+
+    `source` names the file in the error.
+    """
     own = model.state_dict()
     problems = [
         f"{len(keys)} {what} ({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''})"
@@ -406,7 +416,8 @@ def load_state(model: nn.Module, weights: dict[str, Tensor], *, source: str) -> 
                 f"{source} does not fit the model: {key} has shape {tuple(weights[key].shape)}, "
                 f"the model needs {tuple(tensor.shape)}; check the model settings"
             )
-    model.load_state_dict(weights, strict=True)
+    mine = {key: like(tensor, rows_of(weights[key], tensor)) for key, tensor in own.items()}
+    model.load_state_dict(mine, strict=True)
 
 
 def count_parameters(model: nn.Module) -> int:

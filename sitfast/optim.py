@@ -10,6 +10,8 @@ the norm and once for the update (`kernels.adamw_ema`). Whether this step counts
 the device too: it leaves every bit of weights, moments, step counts and averages alone when it is 1, so nothing waits for
 the host.
 
+Of sharded weights each rank updates its own rows, with moments and averages of that size; the norm is that of the whole.
+
 Weight decay, where there is any, applies to every trained parameter, biases and embeddings included: the official
 training makes one group of all parameters.
 """
@@ -26,6 +28,7 @@ from torch import Tensor, nn
 
 from sitfast.errors import SitfastError
 from sitfast.kernels.adamw_ema import adamw_ema, average_, gradient_norm
+from sitfast.shards import assign, local
 
 _CLIP_EPS = 1e-6  # that of torch.nn.utils.clip_grad_norm_
 _INITIAL_SCALE = 2.0**16
@@ -90,7 +93,7 @@ class EMA:
     def applied(self, model: nn.Module, i: int = 0) -> Iterator[None]:
         """Inside, `model` has the weights of average `i`; its own if there are no averages."""
         shadow = self._shadows[i] if self._shadows else {}
-        own = {name: model.get_parameter(name).detach().clone() for name in shadow}
+        own = {name: local(model.get_parameter(name)).detach().clone() for name in shadow}
         try:
             _copy_into(model, shadow)
             yield
@@ -108,7 +111,7 @@ class EMA:
 @torch.no_grad()
 def _copy_into(model: nn.Module, values: Mapping[str, Tensor]) -> None:
     for name, value in values.items():
-        model.get_parameter(name).copy_(value)
+        local(model.get_parameter(name)).copy_(local(value))
 
 
 class Update:
@@ -329,4 +332,4 @@ def _restore(targets: Mapping[str, Tensor], state: Mapping[str, Tensor], what: s
                 "use the config it was saved with"
             )
     for name, target in targets.items():
-        target.copy_(state[name])
+        assign(target, state[name])

@@ -8,7 +8,11 @@ from __future__ import annotations
 import argparse
 
 from sitfast import cli, config, parallel
-from sitfast.trainer import Trainer
+from sitfast.trainer import ELSEWHERE, Trainer
+
+RESTART = (
+    75  # EX_TEMPFAIL: saved because another rank was told to stop; `torchrun --max-restarts` goes on without that one
+)
 
 
 def main(argv: list[str]) -> int:
@@ -22,8 +26,8 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     cfg = config.load(args.config, args.overrides)
     with parallel.start(cfg) as world:
-        Trainer(cfg, world).run()
-    return 0
+        ended_by = Trainer(cfg, world).run()
+    return RESTART if ended_by == ELSEWHERE else 0
 
 
 if __name__ == "__main__":

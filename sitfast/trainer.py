@@ -8,6 +8,7 @@ is its weights, moments, averages and the number of steps done: what is in a che
 
 from __future__ import annotations
 
+import hashlib
 import sys
 import time
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sitfast import checkpoint, config, data, metrics, parallel
+from sitfast import checkpoint, config, data, memory, metrics, parallel
 from sitfast.config import Config
 from sitfast.data.ahead import Ahead
 from sitfast.data.latents import Latents
@@ -49,6 +50,8 @@ from sitfast.sample import generate, labels_for
 from sitfast.vae import build_vae
 
 AUTOCAST = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+ELSEWHERE = "a signal to another rank"
+_SAVE_FAILED = 2  # what a rank says, instead of 1 for a signal, when its last checkpoint could not be written
 
 
 class Trainer:
@@ -66,6 +69,7 @@ class Trainer:
         self._claim_folder()
 
         source = data.build_source(cfg.data)
+        world.agree("data", _fingerprint(source))
         if source.num_classes > cfg.model.num_classes:
             raise SitfastError(
                 f"model.num_classes={cfg.model.num_classes} is too few: {cfg.data.source} holds labels up to"
@@ -85,11 +89,10 @@ class Trainer:
             **cfg.model.model_dump(exclude={"init_from"}, exclude_none=True),
         }
         _check_patches(cfg, self.vae.downsample)
-        torch.manual_seed(cfg.seed)  # the initial weights; nothing else draws from the global generator
-        self.model = build_model(**self.model_kwargs).to(self.device)
-        for module in self.model.modules():
-            if isinstance(module, Mlp):
-                module.save = cfg.train.mlp_save
+        with torch.device("meta"):
+            self.model = build_model(**self.model_kwargs)
+        cfg = self._plan_memory()
+        self._build_model()
         if cfg.model.init_from:
             weights = checkpoint.find_weights(cfg.model.init_from)
             if "pos_embed" in weights:  # weights of another resolution differ in this alone
@@ -110,13 +113,13 @@ class Trainer:
             rank=world.rank,
             seed=cfg.seed,
         )
+        self.saver = checkpoint.Saver(
+            self.run_dir, keep=cfg.checkpoint.keep, world=world, background=cfg.checkpoint.background
+        )
         self.step, self.window = 0, []
         resumed = self._resume()
-
-        compiled = cfg.train.compile if cfg.train.compile is not None else self.device.type == "cuda"
-        parallel.prepare_blocks(
-            self.model.blocks, activation_checkpoint=cfg.parallel.activation_checkpoint, compiled=compiled
-        )
+        if self.device.type == "cuda":
+            self.saver.reserve(**self._tensors())
         self.network = parallel.data_parallel(self.model, world)
         self.loader = Loader(
             source,
@@ -142,7 +145,7 @@ class Trainer:
             is_main=world.is_main,
             resume_step=self.step if resumed else None,
         )
-        self.logger.startup(self._summary(len(train_rows), compiled, resumed))
+        self.logger.startup(self._summary(len(train_rows), resumed))
 
     # ---------------------------------------------------------------------------------------------------- one step
 
@@ -177,9 +180,11 @@ class Trainer:
         return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
 
     def _next_batch(self) -> data.Batch:
+        self.world.at(self.step, "reading data")
         start = time.perf_counter()
         batch = next(self.loader)
         self._waited += time.perf_counter() - start
+        self.world.at(self.step, "training")
         return batch
 
     # ---------------------------------------------------------------------------------------------------- the loop
@@ -201,7 +206,10 @@ class Trainer:
                 self.logger.advance(self.step)
                 if self._due(cfg.log.every):
                     self._log(grad_norm)
-                asked = self.world.any(stop.signal is not None)
+                vote = self.world.most(_SAVE_FAILED if self.saver.failed else int(stop.signal is not None))
+                if vote == _SAVE_FAILED:
+                    self.saver.wait()  # raises, on all ranks
+                asked = vote > 0
                 if self._due(cfg.log.val_every):
                     self._validate()
                 if self._due(cfg.sample.every) and not asked:
@@ -209,13 +217,22 @@ class Trainer:
                 if self._due(cfg.checkpoint.every) or asked:
                     self._save()
                     saved = self.step
+                self._tell(self.saver.done())
                 if asked and self.step < cfg.train.steps:
-                    name = stop.signal or "a signal to another rank"
+                    self._tell(self.saver.wait())
+                    name = stop.signal or ELSEWHERE
                     self.logger.note(f"stopped by {name} after step {self.step}; the same command continues from there")
                     return name
             if saved < self.step:
                 self._save()
+            self._tell(self.saver.wait())
             return None
+        except torch.OutOfMemoryError as error:
+            self.world.failing()
+            raise self._out_of_memory(error) from error
+        except Exception:
+            self.world.failing()
+            raise
         finally:
             choice.close()
             stop.close()
@@ -262,17 +279,19 @@ class Trainer:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         start = time.perf_counter()
+        self.world.at(self.step - 1, name)
         try:
             with annotate(name):
                 yield
         finally:
             self._paused += time.perf_counter() - start
+            self.world.at(self.step - 1, "training")
 
     # -------------------------------------------------------------------------------------------- now and then
 
     def _validate(self) -> None:
         batches = fixed_batches(self.source, self.val_rows, batch_size=self.cfg.sample.batch_size, device=self.device)
-        with self._pause("validate"), self.autocast():
+        with self._pause("validate"), parallel.gathered(self.model, self.cfg.parallel), self.autocast():
             bins = validation_loss(
                 self.model,
                 batches,
@@ -286,12 +305,19 @@ class Trainer:
 
     def _sample(self) -> None:
         """A grid from the averaged weights, at the same noise and labels every time."""
-        if not self.world.is_main:
+        if not self.world.is_main and self.mesh is None:
             return
         settings = self.cfg.sample
         labels = labels_for(settings.num, settings.classes, self.cfg.model.num_classes)
         try:
-            with self._pause("sample"), self.update.ema.applied(self.model), self.autocast():
+            with (
+                self._pause("sample"),
+                self.update.ema.applied(self.model),
+                parallel.gathered(self.model, self.cfg.parallel),
+                self.autocast(),
+            ):
+                if not self.world.is_main:
+                    return
                 images = generate(
                     self.model,
                     self.vae,
@@ -308,27 +334,26 @@ class Trainer:
             self.logger.image(self.step, "samples", path)
 
     def _save(self) -> None:
-        """Write a checkpoint, atomically, from the main rank; all ranks wait for it."""
+        """Begin to write a checkpoint: training waits until the tensors are copied, not until they are on the disk."""
         self.update.check(self.step)
         window = self.world.mean(torch.stack(self.window)).tolist() if self.window else []
         with self._pause("checkpoint"):
-            if self.world.is_main:
-                path = checkpoint.save(
-                    self.run_dir,
-                    self.step,
-                    model=self.model.state_dict(),
-                    emas={decay: self.update.ema.state(i) for i, decay in enumerate(self.cfg.ema.decays)},
-                    optimizer=self.update.state(),
-                    state={
-                        "samples": self.step * self.cfg.data.batch_size,
-                        "window": window,
-                        "model": self.model_kwargs,
-                    },
-                    config_yaml=config.dump(self.cfg),
-                    keep=self.cfg.checkpoint.keep,
-                )
-                self.logger.note(f"saved {path}")
-            self.world.barrier()
+            note = self.saver.save(
+                self.step,
+                **self._tensors(),
+                state={"samples": self.step * self.cfg.data.batch_size, "window": window, "model": self.model_kwargs},
+                config_yaml=config.dump(self.cfg),
+            )
+        self._tell(note)
+
+    def _tensors(self) -> dict[str, Any]:
+        """All that a checkpoint holds of this run, sharded as it is; views, not copies."""
+        emas = {decay: self.update.ema.state(i) for i, decay in enumerate(self.cfg.ema.decays)}
+        return {"model": self.model.state_dict(), "emas": emas, "optimizer": self.update.state()}
+
+    def _tell(self, note: str | None) -> None:
+        if note is not None:
+            self.logger.note(note)
 
     # ------------------------------------------------------------------------------------------------------ set-up
 
@@ -351,19 +376,55 @@ class Trainer:
 
     def _resume(self) -> bool:
         """Continue from the newest valid checkpoint, if the folder has one."""
-        path = checkpoint.latest(self.run_dir, warn=lambda text: print(f"warning: {text}", file=sys.stderr, flush=True))
+        path = None
+        if self.world.is_main:
+            path = checkpoint.latest(
+                self.run_dir, warn=lambda text: print(f"warning: {text}", file=sys.stderr, flush=True)
+            )
+        path = self.world.share(path)
         if path is None:
             return False
-        saved = checkpoint.load(path, device="cpu")
-        load_state(self.model, saved.model, source=str(path))
-        for i, decay in enumerate(self.cfg.ema.decays):
-            self.update.ema.load(i, saved.emas[decay])
-        self.update.load(saved.optimizer)
-        self.step = saved.step
-        self.window = list(torch.tensor(saved.state["window"], device=self.device))
+        state = checkpoint.restore(path, **self._tensors(), world=self.world)
+        self.step = state["step"]
+        self.window = list(torch.tensor(state["window"], device=self.device))
         return True
 
-    def _summary(self, num_rows: int, compiled: bool, resumed: bool) -> list[tuple[str, str]]:
+    def _plan_memory(self) -> Config:
+        """The config, with as many micro-batches as the memory needs where that is asked for."""
+        cfg, size = self.cfg, self.world.size
+        self.memory = memory.capacity(self.device)
+        if cfg.train.auto_accumulate:
+            count = self.world.most(memory.fitting_accumulate(cfg, self.model, size, self.memory))
+            cfg = self.cfg = memory.with_changes(cfg, train={"accumulate": count})
+        self.predicted = memory.predict(cfg, self.model, size)
+        return cfg
+
+    def _out_of_memory(self, error: torch.OutOfMemoryError) -> SitfastError:
+        total = self.memory or 0
+        how = memory.remedies(self.cfg, self.model, self.world.size, total) if total else "use smaller micro-batches"
+        said = str(error).partition(". ")[0]
+        return SitfastError(
+            f"out of GPU memory in step {self.step + 1} ({said}): {self.predicted}, the GPU has {total / 2**30:.1f} GiB; {how}"
+        )
+
+    def _build_model(self) -> None:
+        """Checkpoint, compile and shard the blocks while the model is a mere description, then give it its weights."""
+        cfg = self.cfg
+        for module in self.model.modules():
+            if isinstance(module, Mlp):
+                module.save = cfg.train.mlp_save
+        self.compiled = cfg.train.compile if cfg.train.compile is not None else self.device.type == "cuda"
+        parallel.prepare_blocks(
+            self.model.blocks, activation_checkpoint=cfg.parallel.activation_checkpoint, compiled=self.compiled
+        )
+        self.mesh = parallel.device_mesh(cfg.parallel, self.world)
+        if self.mesh is not None:
+            dtype, reshard = AUTOCAST[cfg.train.precision], cfg.parallel.reshard_after_forward
+            parallel.shard(self.model, self.mesh, reshard_after_forward=reshard, dtype=dtype)
+        torch.manual_seed(cfg.seed)  # the initial weights; nothing else draws from the global generator
+        parallel.materialize(self.model, self.device)
+
+    def _summary(self, num_rows: int, resumed: bool) -> list[tuple[str, str]]:
         cfg, world = self.cfg, self.world
         name = (
             torch.cuda.get_device_name(self.device)
@@ -371,7 +432,11 @@ class Trainer:
             else f"CPU, {torch.get_num_threads()} threads"
         )
         size, channels = self.model_kwargs["input_size"], self.model_kwargs["in_channels"]
-        precision = {"bf16": "bf16 autocast, fp32 weights", "fp16": "fp16 autocast, loss scaling, fp32 weights"}
+        weights = "fp32 weights" if self.mesh is None else "gathered in {}, fp32 shards and reductions"
+        precision = {
+            "bf16": f"bf16 autocast, {weights.format('bf16')}",
+            "fp16": f"fp16 autocast, loss scaling, {weights.format('fp16')}",
+        }
         return [
             ("device", f"{world.size} × {name}" if world.size > 1 else name),
             ("model", f"{cfg.model.preset or type(self.model).__name__} on {channels} × {size} × {size}"),
@@ -383,11 +448,26 @@ class Trainer:
              f"{cfg.data.batch_size // world.size // cfg.train.accumulate}"),
             ("vae", cfg.vae.id or "none: pixels"),
             ("precision", precision.get(cfg.train.precision, cfg.train.precision)),
-            ("compiled", "each block, torch.compile" if compiled else "nothing"),
+            ("parallel", self._parallel()),
+            ("memory", f"{self.predicted}" + (f" of {self.memory / 2**30:.1f}" if self.memory else "")),
+            ("compiled", "each block, torch.compile" if self.compiled else "nothing"),
             ("kernels", self._kernels()),
             ("output", str(self.run_dir)),
             ("start", f"resumed after step {self.step}" if resumed else "from the beginning"),
         ]  # fmt: skip
+
+    def _parallel(self) -> str:
+        """Who holds which part of the weights, and what is computed twice."""
+        settings, world = self.cfg.parallel, self.world
+        if self.mesh is None:
+            text = "one copy of the weights a rank" if world.size > 1 else "none"
+        else:
+            shards = parallel.shard_size(settings, world.size)
+            text = f"{settings.strategy}, weights in {shards} shards"
+            text += f" × {world.size // shards} copies" if settings.strategy == "hsdp" else ""
+            text += ", freed after forward" if settings.reshard_after_forward else ", kept until backward"
+        again = {"none": "", "selective": "; all but matrix products recomputed", "block": "; blocks recomputed"}
+        return text + again[settings.activation_checkpoint]
 
     def _kernels(self) -> str:
         """What the operations of a block run, and those around the network, and why."""
@@ -404,6 +484,24 @@ class Trainer:
         attention = describe_attention(self.model.grid**2, head, dtype, self.device)
         blocks = f"layer norm and residual: Triton; feed-forward: {feed_forward}; attention: {attention}"
         return f"{around}; {blocks}"
+
+
+def _fingerprint(source: data.Source) -> dict[str, Any]:
+    """What tells one data set from another: its counts, its classes and three of its rows."""
+    rows: list[str] = []
+    for row in (0, source.num_rows // 2, source.num_rows - 1):
+        try:
+            x, y = source.load(row)
+            rows.append(hashlib.sha256(x.contiguous().numpy().tobytes()).hexdigest()[:12] + f" of class {y}")
+        except data.Unreadable as error:
+            rows.append(f"{error.name} is unreadable")
+    names = hashlib.sha256("\n".join(source.class_names).encode()).hexdigest()[:12]
+    return {
+        "number of rows": source.num_rows,
+        "number of classes": source.num_classes,
+        "class names": names,
+        "first, middle and last row": rows,
+    }
 
 
 def _check_patches(cfg: Config, downsample: int) -> None:

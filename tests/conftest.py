@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from sitfast import config, parallel
 from sitfast.trainer import Trainer
+from tests.ranks import Ranks
 
 # A model so small that a step takes milliseconds, on real digits.
 TINY = [
@@ -53,6 +54,14 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
 
+@pytest.fixture(scope="session")
+def ranks():
+    """Processes to run a function in as the ranks of a job."""
+    pool = Ranks()
+    yield pool
+    pool.close()
+
+
 @pytest.fixture
 def tiny(tmp_path):
     """The overrides of a tiny run in its own folder."""
@@ -68,6 +77,10 @@ def image_folder(tmp_path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(path)
     return tmp_path / "images"
+
+
+def folder_run(image_folder, *more: str) -> list[str]:
+    return ["data.source=folder", f"data.path={image_folder}", "data.flip=true", "model.num_classes=3", *more]
 
 
 def train(*overrides: str) -> Trainer:

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sitfast import checkpoint
+from sitfast import checkpoint, config, parallel, shards
 from sitfast.errors import SitfastError
+from sitfast.model import build_model
+from sitfast.parallel import World
+from tests.conftest import TINY, losses, train
+from tests.ranks import Failed
 
 # Python warns of a fork beside threads; these children only write small files or end at once.
 quiet_fork = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -107,11 +112,8 @@ def die_at(moment: int) -> None:
 
         return call
 
-    def half_a_file(data, filename, **_) -> None:
-        save_file(data, filename)
-        os.truncate(filename, os.path.getsize(filename) // 2)
-
-    checkpoint.save_file = mortal(save_file, half_a_file)
+    pwrite = os.pwrite
+    os.pwrite = mortal(pwrite, lambda descriptor, data, offset: pwrite(descriptor, data[: len(data) // 2], offset))
     for name in ("replace", "fsync", "mkdir", "unlink", "rmdir"):
         setattr(os, name, mortal(getattr(os, name)))
     Path.write_text = mortal(Path.write_text, lambda self, text, **_: self.write_bytes(text.encode()[: len(text) // 2]))
@@ -258,29 +260,24 @@ def test_too_little_space_is_refused_before_writing(tmp_path, monkeypatch):
     put(tmp_path, 10)
     usage = shutil.disk_usage(tmp_path)._replace(free=2**20)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    monkeypatch.setattr(checkpoint, "save_file", lambda *_, **__: unexpected("wrote"))
+    monkeypatch.setattr(os, "pwrite", lambda *_: unexpected("wrote"))
     with pytest.raises(SitfastError, match=r"needs 0\.06 GiB and 0\.00 GiB are free .* checkpoint-10, is kept"):
         put(tmp_path, 20)
     assert names(tmp_path) == ["checkpoint-10"]
 
 
-@pytest.mark.parametrize("call", [1, 2, 3, 4])
-@pytest.mark.parametrize("library", [True, False])
-def test_disk_that_fills_up_while_saving(tmp_path, monkeypatch, call, library):
+@pytest.mark.parametrize("call", [1, 3, 8])
+def test_disk_that_fills_up_while_saving(tmp_path, monkeypatch, call):
     put(tmp_path, 10)
-    calls = []
+    calls, pwrite = [], os.pwrite
 
-    def filling(data, filename, **_) -> None:
-        calls.append(filename)
-        Path(filename).write_bytes(b"half")
-        if len(calls) == call:
-            if library:  # what safetensors raises; its class has no errno
-                raise checkpoint.SafetensorError(
-                    "Error while serializing: I/O error: No space left on device (os error 28)"
-                )
+    def filling(descriptor, data, offset) -> int:
+        calls.append(offset)
+        if len(calls) >= call:
             raise OSError(errno.ENOSPC, "No space left on device")
+        return pwrite(descriptor, data[:7], offset)  # a write may stop short
 
-    monkeypatch.setattr(checkpoint, "save_file", filling)
+    monkeypatch.setattr(os, "pwrite", filling)
     with pytest.raises(SitfastError, match=r"cannot save checkpoint-20: it needs .* checkpoint-10, is kept"):
         put(tmp_path, 20)
     assert names(tmp_path) == ["checkpoint-10"]
@@ -291,6 +288,174 @@ def test_other_write_errors_are_one_line_too(tmp_path):
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(SitfastError, match=r"cannot save checkpoint-1 .* no earlier checkpoint"):
         put(tmp_path / "file", 1)
+
+
+# many ranks, behind the training -------------------------------------------------------------------------------------
+
+
+def saver(run: Path, **options) -> checkpoint.Saver:
+    return checkpoint.Saver(run, keep=0, world=World(0, 1, torch.device("cpu")), **options)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+    """What is written is what the tensors were when `save` returned."""
+    may_write, writing = threading.Event(), threading.Event()
+    pwrite = os.pwrite
+
+    def slow(*args) -> int:
+        writing.set()
+        assert may_write.wait(30)
+        return pwrite(*args)
+
+    monkeypatch.setattr(os, "pwrite", slow)
+    parts, behind = content(3), saver(tmp_path)
+    assert behind.save(3, **parts) is None
+    assert writing.wait(30)
+    assert behind.done() is None and not (tmp_path / "checkpoint-3").exists()
+    for tensor in parts["model"].values():
+        tensor.zero_()
+    may_write.set()
+    note = behind.wait()
+    assert note is not None and note.startswith(f"saved {tmp_path / 'checkpoint-3'} (training stood still for 0.0")
+    assert_is(tmp_path / "checkpoint-3", 3)
+    assert behind.wait() is None
+    assert behind.save(4, **content(4)) is None
+    assert "checkpoint-4" in (behind.save(5, **content(5)) or "")  # waits for the one before
+    behind.wait()
+    assert_is(tmp_path / "checkpoint-5", 5)
+
+
+def test_a_save_that_fails_behind_the_training_is_an_error_there(tmp_path, monkeypatch):
+    put(tmp_path, 1)
+    behind = saver(tmp_path)
+    monkeypatch.setattr(
+        os, "pwrite", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device"))
+    )
+    behind.save(3, **content(3))
+    behind._thread.join()
+    assert behind.failed and behind.done() is None
+    with pytest.raises(SitfastError, match=r"cannot save checkpoint-3: it needs .* checkpoint-1, is kept"):
+        behind.wait()
+    assert names(tmp_path) == ["checkpoint-1"] and not behind.failed
+
+
+def settings(strategy: str) -> list[str]:
+    return [f"parallel.strategy={strategy}", *(["parallel.shard_size=2"] if strategy == "hsdp" else [])]
+
+
+def sharded(strategy: str, world: World) -> dict:
+    """A model and its moments under a strategy, all zero."""
+    cfg = config.load(None, [*TINY, *settings(strategy)])
+    model = build_model(input_size=8, patch_size=4, in_channels=1, hidden_size=20, depth=1, num_heads=2, num_classes=9)
+    mesh = parallel.device_mesh(cfg.parallel, world)
+    if mesh is not None:
+        parallel.shard(model, mesh, reshard_after_forward=True, dtype=None)
+    weights = model.state_dict()
+    moments = {f"exp_avg.{name}": torch.zeros_like(value) for name, value in weights.items()}
+    tensors = {"model": weights, "emas": {0.9: {k: torch.zeros_like(v) for k, v in weights.items()}}}
+    tensors |= {"optimizer": moments | {"step": torch.zeros(3), "scale": torch.zeros(()), "n": torch.zeros(2).long()}}
+    for tensor in everything(tensors).values():
+        shards.local(tensor).zero_()
+    return tensors
+
+
+def everything(tensors: dict) -> dict[str, Tensor]:
+    groups = {"model": tensors["model"], "ema": tensors["emas"][0.9], "optimizer": tensors["optimizer"]}
+    return {f"{group}:{name}": tensor for group, values in groups.items() for name, tensor in values.items()}
+
+
+def values_for(name: str, shape: torch.Size) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(name.encode())))
+
+
+def write_as(strategy: str, run: Path) -> int:
+    """Returns how many bytes this rank wrote."""
+    written = []
+    pwrite = os.pwrite
+    os.pwrite = lambda descriptor, data, offset: (written.append(len(data)), pwrite(descriptor, data, offset))[1]
+    try:
+        with parallel.start(config.load(None, [*TINY, *settings(strategy)])) as world:
+            tensors = sharded(strategy, world)
+            for name, tensor in everything(tensors).items():
+                shards.assign(tensor, values_for(name, tensor.shape))
+            saver = checkpoint.Saver(run, keep=0, world=world)
+            saver.save(7, **tensors, state={"samples": 1}, config_yaml="seed: 0\n")
+            saver.wait()
+    finally:
+        os.pwrite = pwrite
+    return sum(written)
+
+
+def read_as(strategy: str, run: Path) -> None:
+    with parallel.start(config.load(None, [*TINY, *settings(strategy)])) as world:
+        tensors = sharded(strategy, world)
+        assert checkpoint.restore(run / "checkpoint-7", **tensors, world=world) == {"samples": 1, "step": 7}
+        for name, tensor in everything(tensors).items():
+            want = shards.rows_of(values_for(name, tensor.shape), tensor).to(tensor.dtype)
+            assert torch.equal(shards.local(tensor), want), name
+
+
+def test_the_files_are_the_same_however_the_weights_are_sharded(ranks, tmp_path):
+    """20 rows over 3 ranks: 7, 7, 6. Each rank writes its part, and reads its part of what other numbers of them wrote."""
+    layouts = [(1, "ddp"), (2, "ddp"), (3, "fsdp"), (4, "fsdp"), (4, "hsdp")]
+    files: list[dict[str, bytes]] = []
+    for size, strategy in layouts:
+        run = tmp_path / f"{strategy}{size}"
+        written = ranks(size, write_as, strategy, run)
+        files.append({path.name: path.read_bytes() for path in (run / "checkpoint-7").iterdir()})
+        assert sum(written) == pytest.approx(sum(map(len, files[0].values())), rel=0.3)  # all but headers, once
+        assert max(written) < 1.3 * sum(written) / size
+    assert all(one == files[0] for one in files)
+    for size, strategy in [(2, "fsdp"), (3, "fsdp"), (2, "ddp"), (4, "hsdp")]:
+        ranks(size, read_as, strategy, tmp_path / "fsdp4")
+
+
+def test_a_run_moves_between_numbers_of_ranks_and_strategies(ranks, tmp_path):
+    """Saved at 4, continued at 3, at 2 and alone: the losses are those of a run that nobody disturbed."""
+    run = [*TINY, "data.batch_size=12", "optim.clip_norm=0.5"]
+    train(*run, f"output_dir={tmp_path / 'straight'}")
+    moved = [*run, f"output_dir={tmp_path / 'moved'}"]
+    for size, steps, strategy in ((4, 6, "fsdp"), (3, 11, "fsdp"), (2, 16, "ddp"), (1, 20, "fsdp")):
+        ranks(size, _train, *moved, f"train.steps={steps}", f"parallel.strategy={strategy}")
+    assert losses(tmp_path / "moved") == pytest.approx(losses(tmp_path / "straight"), rel=1e-5)
+    assert len(losses(tmp_path / "moved")) == 20
+
+
+def _train(*overrides: str) -> int:
+    return train(*overrides).step
+
+
+def fill_disk_of_rank_1(early: bool, *overrides: str) -> int:
+    """Rank 1 finds its disk full, before writing or while it writes."""
+    if os.environ["RANK"] == "1":
+        usage, pwrite = shutil.disk_usage, os.pwrite
+
+        def full(*_) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        try:
+            if early:
+                shutil.disk_usage = lambda path: usage(path)._replace(free=1000)
+            else:
+                os.pwrite = full
+            return train(*overrides).step
+        finally:
+            shutil.disk_usage, os.pwrite = usage, pwrite
+    return train(*overrides).step
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_a_full_disk_on_one_rank_is_an_error_on_all(ranks, tmp_path, early):
+    run = [*TINY, f"output_dir={tmp_path}", "parallel.strategy=fsdp", "checkpoint.every=5"]
+    ranks(2, _train, *run, "train.steps=5")
+    for rank, answer in enumerate(ranks.run(2, fill_disk_of_rank_1, early, *run)):
+        assert isinstance(answer, Failed) and answer.kind == "SitfastError"
+        free = "0.00 GiB are free" if early and rank == 1 else "free in"
+        assert "cannot save checkpoint-10 on rank 1: it needs 0.06 GiB and" in answer.text and free in answer.text
+        assert "checkpoint-5, is kept" in answer.text
+    assert not list(tmp_path.glob(".tmp-*")) and not (tmp_path / "checkpoint-10").exists()
+    ranks(2, _train, *run)  # with space again, the run goes on
+    assert checkpoint.latest(tmp_path, unexpected) == tmp_path / "checkpoint-20"
 
 
 # weights ------------------------------------------------------------------------------------------------------------
