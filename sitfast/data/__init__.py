@@ -98,7 +98,7 @@ class Batch:
         """On the device, without waiting for the copy; uint8 pixels travel as such and become fp32 in [−1, 1] there."""
         x, y, index = (tensor.to(device, non_blocking=True) for tensor in (self.x, self.y, self.index))
         if x.dtype == torch.uint8:
-            x = x.to(torch.float32).div_(127.5).sub_(1.0)
+            x = x.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1.0)
         return Batch(x, y, index, self.skipped, self.captions)
 
 
