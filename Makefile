@@ -18,7 +18,7 @@ demo: $(VENV)/.demo $(OPERATORS)
 	$(BIN)/python -m sitfast.evaluate --ckpt $(RUN)
 
 test: $(VENV)/.test $(OPERATORS)
-	$(BIN)/python -m pytest -q tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -93,7 +93,7 @@ def train(*overrides: str) -> Trainer:
 
 
 def command(
-    module: str, *arguments: str, code: str | None = None, ranks: int = 1, **env: str
+    module: str, *arguments: str, code: str | None = None, ranks: int = 1, timeout: int = 240, **env: str
 ) -> subprocess.CompletedProcess:
     """Run `python -m module …` (or `-c code`, or under torchrun) as a user would and capture what it says."""
     head = ["-c", code] if code else ["-m", module]
@@ -104,7 +104,7 @@ def command(
         [sys.executable, *head, *arguments],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=timeout,
         cwd=Path(__file__).parent.parent,
         env={**os.environ, "OMP_NUM_THREADS": threads, **env},
     )

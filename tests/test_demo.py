@@ -22,7 +22,7 @@ def demo(tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("demo") / "digits"
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     config = str(ROOT / "configs/digits.yaml")
-    result = command("sitfast.train", "--config", config, f"output_dir={run}", OMP_NUM_THREADS="2")
+    result = command("sitfast.train", "--config", config, f"output_dir={run}", timeout=540, OMP_NUM_THREADS="2")
     assert result.returncode == 0, result.stderr
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     # Three minutes on two cores, as processor time, which does not depend on what else the machine does.
