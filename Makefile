@@ -23,7 +23,7 @@ test: $(VENV)/.test $(OPERATORS)
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 # One stamp an extra, so that each is installed once and again when the requirements change.
 $(VENV)/.%: pyproject.toml | $(BIN)/python
