@@ -96,7 +96,7 @@ def wanted(request: pytest.FixtureRequest) -> list[str]:
 
 @pytest.fixture(scope="session")
 def prepared(request: pytest.FixtureRequest, wanted: list[str], say: Callable[[str], None]) -> None:
-    """Everything compiled and tuned that this session will run, of the modules that have a function `case`."""
+    """Everything compiled and tuned that this run will need, of the modules that have a function `case`."""
     if not GPU:
         return
     tasks = []
