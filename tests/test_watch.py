@@ -27,7 +27,7 @@ def disturbed(step: int, rank: int, how: str, overrides: list[str]) -> int:
             if how == "raise":
                 raise SitfastError("the cat sat on row 7; remove the cat")
             if how == "sleep":
-                time.sleep(3)
+                time.sleep(8)
             if how == "SIGTERM":
                 os.kill(os.getpid(), signal.SIGTERM)
         return original(self)
@@ -50,9 +50,9 @@ def test_the_others_name_the_rank_that_failed(ranks, tmp_path):
 
 
 def test_a_hanging_rank_is_named_with_the_time_out(ranks, tmp_path):
-    run = [*TINY, "parallel.timeout_s=1", "parallel.strategy=fsdp", f"output_dir={tmp_path}"]
+    run = [*TINY, "parallel.timeout_s=4", "parallel.strategy=fsdp", f"output_dir={tmp_path}"]
     waiting, hanging = ranks.run(2, disturbed, 4, 1, "sleep", run)
-    why = "because rank 1 failed first: no answer within parallel.timeout_s=1; it is in step 4 (reading data)"
+    why = "because rank 1 failed first: no answer within parallel.timeout_s=4; it is in step 4 (reading data)"
     assert waiting.text.startswith("stopped in step 4 (training)") and waiting.text.endswith(why)
     assert hanging.text.endswith(why)  # when it comes back, it hears so too
 
