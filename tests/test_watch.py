@@ -27,7 +27,7 @@ def disturbed(step: int, rank: int, how: str, overrides: list[str]) -> int:
             if how == "raise":
                 raise SitfastError("the cat sat on row 7; remove the cat")
             if how == "sleep":
-                time.sleep(8)
+                time.sleep(7)
             if how == "SIGTERM":
                 os.kill(os.getpid(), signal.SIGTERM)
         return original(self)
@@ -54,7 +54,8 @@ def test_a_hanging_rank_is_named_with_the_time_out(ranks, tmp_path):
     waiting, hanging = ranks.run(2, disturbed, 4, 1, "sleep", run)
     why = "because rank 1 failed first: no answer within parallel.timeout_s=4; it is in step 4 (reading data)"
     assert waiting.text.startswith("stopped in step 4 (training)") and waiting.text.endswith(why)
-    assert hanging.text.endswith(why)  # when it comes back, it hears so too
+    # When it comes back, it hears so too, unless rank 0, which keeps the store here, has left by then.
+    assert hanging.text.endswith((why, "because rank 0 or torchrun itself was ended first"))
 
 
 def test_a_signal_to_one_rank_saves_and_lets_torchrun_start_again(ranks, tmp_path):
