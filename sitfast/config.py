@@ -128,7 +128,9 @@ class TrainConfig(Section):
     accumulate: Positive = 1  # micro-batches a step
     auto_accumulate: bool = False  # more of them where the predicted memory needs it; the global batch stays
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "bf16"
+    residual: Literal["bf16", "fp32"] = "bf16"  # of bf16: a bf16 copy of the weights computes, or autocast does, slower
     compile: bool | None = None  # torch.compile of each block; null means on GPUs
+    cuda_graph: bool | None = None  # record forward and backward once and replay it; null means on one GPU
     mlp_save: Literal["preact", "both"] = "preact"  # "both" keeps the GELU's output too: faster, for more memory
     kernels: Literal["auto", "reference"] = "auto"  # "reference" runs everything in plain PyTorch, to compare with
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -223,6 +225,7 @@ _FREE = (
     "train.accumulate",
     "train.auto_accumulate",
     "train.compile",
+    "train.cuda_graph",
     "train.mlp_save",
     "train.kernels",
     "train.device",
@@ -468,6 +471,10 @@ def _combinations(cfg: Config) -> Iterator[Problem]:
         yield problem("log.val_every", "data.val_samples", rule="hold some rows out, such as data.val_samples=1024")
     if cfg.parallel.shard_size is not None and cfg.parallel.strategy != "hsdp":
         yield problem("parallel.shard_size", "parallel.strategy", rule="only hsdp has groups; use null or hsdp")
+    if cfg.train.residual == "fp32" and cfg.parallel.strategy != "ddp":
+        yield problem(
+            "train.residual", "parallel.strategy", rule="sharded weights are gathered in bf16; use bf16 or ddp"
+        )
     if (profile.start is None) != (profile.stop is None):
         yield problem("profile.start", "profile.stop", rule="a window needs both")
     elif profile.start is not None and profile.stop is not None and profile.stop <= profile.start:

@@ -1,7 +1,8 @@
 """How much GPU memory a step needs, before it runs; and what would fit when it does not.
 
     held          weights 4P/s + gradients 4P/s + moments 8P/s (bf16: 4P/s) + averages 4P/s each         P parameters in s shards
-    gathered      a few blocks in the dtype of the compute (fsdp, hsdp), or all of them (reshard_after_forward=false)
+    gathered      a few blocks in the dtype of the compute (fsdp, hsdp), or all of them (reshard_after_forward=false);
+                  under ddp the bf16 copy 2P, whose gradients are 2P where neither micro-batches nor ranks are added up
     activations   depth · saved · u + the block that is running,    u = images · tokens · width in the compute dtype
 
 A block that runs our kernels keeps, in units of u: its two normed inputs, qkv (3), attention's output, both branches, both
@@ -22,6 +23,7 @@ import torch
 from sitfast.config import Config
 from sitfast.model import SiT, count_parameters
 from sitfast.parallel import shard_size
+from sitfast.precision import wants_copy
 
 GIB = 2**30
 RESERVE = int(1.5 * GIB)
@@ -63,9 +65,12 @@ def predict(cfg: Config, model: SiT, world_size: int) -> Prediction:
     sharded = cfg.parallel.strategy != "ddp"
     size = 2 if low else 4
 
+    narrow = wants_copy(cfg)
     gradients = 4 * parameters // shards
     if not sharded:
-        gathered = 2 * parameters if low else 0  # autocast's copies, kept for the backward pass
+        gathered = 2 * parameters if low else 0  # the working copy; or autocast's, kept for the backward pass
+        if narrow:
+            gradients = 2 * parameters if world_size * accumulate == 1 else 6 * parameters
     else:
         rest = parameters - depth * block
         whole = block * (2 if cfg.parallel.reshard_after_forward else depth) + rest
@@ -74,7 +79,7 @@ def predict(cfg: Config, model: SiT, world_size: int) -> Prediction:
             gradients += 4 * parameters  # they add up whole until the last micro-batch
 
     unit = cfg.data.batch_size // world_size // accumulate * tokens * width * size
-    stream = 2 if low and not sharded else 1  # fp32 under autocast
+    stream = 2 if low and not sharded and not narrow else 1  # fp32 under autocast
     hidden = ratio * (2 if cfg.train.mlp_save == "both" else 1)
     full = 8 + hidden + 2 * stream
     kept = {"none": full, "selective": 6 + hidden + stream, "block": 1 + stream}[cfg.parallel.activation_checkpoint]

@@ -140,8 +140,10 @@ class Update:
         all_reduce_max: Callable[[Tensor], Tensor] | None = None,
         rank: int = 0,
         seed: int = 0,
+        copies: Mapping[str, nn.Parameter] | None = None,
     ) -> None:
         self._params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._copies = {name: p for name, p in (copies or {}).items() if p.requires_grad}
         self._optim = optim
         self._total_steps = total_steps
         self._fp16 = precision == "fp16"
@@ -186,7 +188,13 @@ class Update:
         self._share_steps()
 
     def zero_grad(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
+        for p in (*self._params.values(), *self._copies.values()):
+            p.grad = None
+
+    def _gradient(self, name: str) -> Tensor | None:
+        """Of the weight, or else of the copy of it that computed."""
+        own = self._params[name].grad
+        return own if own is not None or name not in self._copies else self._copies[name].grad
 
     def scale_loss(self, loss: Tensor) -> Tensor:
         """What to call backward on."""
@@ -198,8 +206,9 @@ class Update:
 
         Returns the norm of the unscaled gradients before the clip, as a tensor on the device.
         """
-        learning = {name: p for name, p in self._params.items() if p.grad is not None}
-        grads = [p.grad for p in learning.values() if p.grad is not None]
+        found = {name: self._gradient(name) for name in self._params}
+        grads = [g for g in found.values() if g is not None]
+        learning = {name: p for name, p in self._params.items() if found[name] is not None}
         norm = gradient_norm(grads)
         skip = self._guard(step, loss.detach(), norm)
         divisor = None
@@ -221,6 +230,7 @@ class Update:
             steps,
             emas=[[shadow[name] for name in learning] for shadow in shadows],
             decays=decays,
+            copies=[self._copies[name] for name in learning] if self._copies else (),
             divisor=divisor,
             skip=skip,
             lr=lr,
@@ -266,7 +276,8 @@ class Update:
         grow = growth >= _GROWTH_INTERVAL
         scale = torch.where(overflow, self._scale * 0.5, torch.where(grow, self._scale * 2.0, self._scale))
         # Skipped steps whose loss was bad halve it too, as their gradients are bad; the floor bounds a series of them.
-        self._scale = torch.where(running, scale.clamp(min=1.0), self._scale)
+        # In place: a recorded step has read the scale from this memory.
+        self._scale.copy_(torch.where(running, scale.clamp(min=1.0), self._scale))
         self._growth = torch.where(running, torch.where(grow, 0, growth), self._growth)
 
     def check(self, step: int) -> None:

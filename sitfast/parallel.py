@@ -10,7 +10,7 @@ The model passes through three layers, in this order: activation checkpointing o
     hsdp    fsdp inside groups of shard_size ranks, ddp between the groups
 
 Under fsdp and hsdp with bf16 the weights are gathered in bf16, activations are bf16 throughout, and the shards, their
-gradients and the reduction are fp32; under ddp the weights stay fp32 and autocast makes the bf16 copies.
+gradients and the reduction are fp32; ddp has a bf16 copy of fp32 weights, see `precision`.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from sitfast import config
 from sitfast.config import Config, ParallelConfig
 from sitfast.errors import SitfastError
+from sitfast.precision import WorkingCopy
 from sitfast.watch import Watch
 
 # What "selective" activation checkpointing keeps, by the start of the operator's name: matrix products and attention,
@@ -366,12 +367,19 @@ def gathered(model: nn.Module, cfg: ParallelConfig) -> Iterator[None]:
             module.reshard()
 
 
-def data_parallel(model: nn.Module, world: World) -> nn.Module:
-    """Replicate over ranks: gradients are averaged while the backward pass still runs. A sharded model does so itself."""
+def data_parallel(model: nn.Module, world: World, copy: WorkingCopy | None = None) -> nn.Module:
+    """What to run: the model, or the copy that computes in its place, replicated over ranks.
+
+    Gradients are averaged while the backward pass still runs. A sharded model does so itself.
+    """
+    network = copy.network if copy else model
     if world.size == 1 or isinstance(model, FSDPModule):
-        return model
+        return network
     ids = [world.device] if world.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+    replicated = DistributedDataParallel(network, device_ids=ids, gradient_as_bucket_view=True)
+    if copy:
+        replicated.register_comm_hook(None, copy.reduction(world.size))
+    return replicated
 
 
 def no_reduction(network: nn.Module, skip: bool) -> AbstractContextManager[None]:

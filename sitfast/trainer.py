@@ -27,6 +27,7 @@ from sitfast.data.loader import Loader, fixed_batches
 from sitfast.data.sampler import held_out
 from sitfast.errors import SitfastError
 from sitfast.evaluate import validation_loss
+from sitfast.graph import Recorded
 from sitfast.images import replacing, save_grid
 from sitfast.interpolant import Interpolant
 from sitfast.kernels import extension, use_reference
@@ -45,11 +46,11 @@ from sitfast.model import (
 )
 from sitfast.optim import Update, learning_rate
 from sitfast.parallel import World
+from sitfast.precision import AUTOCAST, WorkingCopy, wants_copy
 from sitfast.profiling import Window, annotate
 from sitfast.sample import generate, labels_for
 from sitfast.vae import build_vae
 
-AUTOCAST = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 ELSEWHERE = "a signal to another rank"
 _SAVE_FAILED = 2  # what a rank says, instead of 1 for a signal, when its last checkpoint could not be written
 
@@ -112,6 +113,7 @@ class Trainer:
             all_reduce_max=world.maximum if world.size > 1 else None,
             rank=world.rank,
             seed=cfg.seed,
+            copies=self.copy.parameters if self.copy else None,
         )
         self.saver = checkpoint.Saver(
             self.run_dir, keep=cfg.checkpoint.keep, world=world, background=cfg.checkpoint.background
@@ -120,7 +122,10 @@ class Trainer:
         resumed = self._resume()
         if self.device.type == "cuda":
             self.saver.reserve(**self._tensors())
-        self.network = parallel.data_parallel(self.model, world)
+        if self.copy:
+            self.copy.renew()
+        self.network = parallel.data_parallel(self.model, world, self.copy)
+        self.recorded = Recorded(self._compute, self.device) if self._records() else None
         self.loader = Loader(
             source,
             train_rows,
@@ -146,30 +151,45 @@ class Trainer:
             resume_step=self.step if resumed else None,
         )
         self.logger.startup(self._summary(len(train_rows), resumed))
+        self._begin_window()
 
     # ---------------------------------------------------------------------------------------------------- one step
 
     def train_step(self) -> Tensor:
         """One update of the weights; returns the gradient norm (a device tensor: nothing waits for it)."""
-        cfg, total = self.cfg, torch.zeros((), device=self.device)
-        for micro in range(cfg.train.accumulate):
+        total = torch.zeros((), device=self.device)
+        for micro in range(self.cfg.train.accumulate):
             batch = next(self.encoded)
-            with annotate("interpolate"):
-                xt, t, target, y = interpolate(self.interpolant, batch.x, batch.index, labels=batch.y, **self.draw)
-            with parallel.no_reduction(self.network, skip=micro < cfg.train.accumulate - 1):
-                with annotate("forward"):
-                    with self.autocast():
-                        out = self.network(xt, t, y)
-                    loss = interpolant_loss(out, target, t, interpolant=self.interpolant).mean() / cfg.train.accumulate
-                with annotate("backward"):
-                    self.update.scale_loss(loss).backward()
-            total += loss.detach()
+            if self.recorded:
+                total += self.recorded(micro == 0, batch.x, batch.index, batch.y)
+            else:
+                total += self._compute(batch.x, batch.index, batch.y, last=micro == self.cfg.train.accumulate - 1)
         with annotate("clip_optimizer_ema"):
             grad_norm = self.update.step(self.step, total)
-            self.update.zero_grad()
+            if not (self.recorded and self.recorded.active):
+                self.update.zero_grad()
         self.window.append(total)
         self.step += 1
         return grad_norm
+
+    def _compute(self, x: Tensor, index: Tensor, y: Tensor, last: bool = True) -> Tensor:
+        """Gradients of one micro-batch, added to those that are there; returns its share of the step's loss.
+
+        Under data parallelism the `last` one of a step reduces them over the ranks.
+        """
+        accumulate = self.cfg.train.accumulate
+        with annotate("interpolate"):
+            xt, t, target, labels = interpolate(self.interpolant, x, index, labels=y, **self.draw)
+        with parallel.no_reduction(self.network, skip=not last):
+            with annotate("forward"):
+                with self.autocast():
+                    out = self.network(xt, t, labels)
+                loss = interpolant_loss(out, target, t, interpolant=self.interpolant).mean() / accumulate
+            with annotate("backward"):
+                self.update.scale_loss(loss).backward()
+                if self.copy and accumulate > 1 and not (last and self.world.size > 1):
+                    self.copy.collect()
+        return loss.detach()
 
     def implementation(self) -> AbstractContextManager[None]:
         """Around everything that computes: `train.kernels=reference` wants plain PyTorch."""
@@ -414,15 +434,29 @@ class Trainer:
             if isinstance(module, Mlp):
                 module.save = cfg.train.mlp_save
         self.compiled = cfg.train.compile if cfg.train.compile is not None else self.device.type == "cuda"
-        parallel.prepare_blocks(
-            self.model.blocks, activation_checkpoint=cfg.parallel.activation_checkpoint, compiled=self.compiled
-        )
+        self.copy = WorkingCopy(self.model) if wants_copy(cfg) else None
+        for model in (self.model, self.copy.network) if self.copy else (self.model,):
+            parallel.prepare_blocks(
+                model.blocks, activation_checkpoint=cfg.parallel.activation_checkpoint, compiled=self.compiled
+            )
         self.mesh = parallel.device_mesh(cfg.parallel, self.world)
         if self.mesh is not None:
             dtype, reshard = AUTOCAST[cfg.train.precision], cfg.parallel.reshard_after_forward
             parallel.shard(self.model, self.mesh, reshard_after_forward=reshard, dtype=dtype)
         torch.manual_seed(cfg.seed)  # the initial weights; nothing else draws from the global generator
         parallel.materialize(self.model, self.device)
+        if self.copy:
+            self.copy.network.to_empty(device=self.device)
+
+    def _records(self) -> bool:
+        """Whether steps become CUDA graphs: `train.cuda_graph`, by default wherever they can."""
+        alone = self.device.type == "cuda" and self.world.size == 1 and self.mesh is None
+        if self.cfg.train.cuda_graph and not alone:
+            raise SitfastError(
+                f"train.cuda_graph=true needs one GPU without sharding, and this run has {self.world.size} ranks on"
+                f" {self.device.type} with parallel.strategy={self.cfg.parallel.strategy}; leave it null"
+            )
+        return alone if self.cfg.train.cuda_graph is None else self.cfg.train.cuda_graph
 
     def _summary(self, num_rows: int, resumed: bool) -> list[tuple[str, str]]:
         cfg, world = self.cfg, self.world
@@ -434,7 +468,7 @@ class Trainer:
         size, channels = self.model_kwargs["input_size"], self.model_kwargs["in_channels"]
         weights = "fp32 weights" if self.mesh is None else "gathered in {}, fp32 shards and reductions"
         precision = {
-            "bf16": f"bf16 autocast, {weights.format('bf16')}",
+            "bf16": "bf16 copy of fp32 weights" if self.copy else f"bf16 autocast, {weights.format('bf16')}",
             "fp16": f"fp16 autocast, loss scaling, {weights.format('fp16')}",
         }
         return [
@@ -450,11 +484,15 @@ class Trainer:
             ("precision", precision.get(cfg.train.precision, cfg.train.precision)),
             ("parallel", self._parallel()),
             ("memory", f"{self.predicted}" + (f" of {self.memory / 2**30:.1f}" if self.memory else "")),
-            ("compiled", "each block, torch.compile" if self.compiled else "nothing"),
+            ("compiled", self._compilation()),
             ("kernels", self._kernels()),
             ("output", str(self.run_dir)),
             ("start", f"resumed after step {self.step}" if resumed else "from the beginning"),
         ]  # fmt: skip
+
+    def _compilation(self) -> str:
+        blocks = "each block, torch.compile" if self.compiled else "nothing"
+        return f"{blocks}; forward and backward as a CUDA graph" if self.recorded else blocks
 
     def _parallel(self) -> str:
         """Who holds which part of the weights, and what is computed twice."""
