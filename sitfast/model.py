@@ -53,14 +53,21 @@ PRESETS: dict[str, dict[str, int]] = {
 
 
 class PatchEmbed(nn.Module):
-    """Images [B, C, H, W] to tokens [B, N, D] by a convolution whose stride is the patch."""
+    """Images [B, C, H, W] to tokens [B, N, D] by a convolution whose stride is the patch: a linear layer of the patches.
+
+    As such it writes the tokens in their order, where a convolution's [B, D, H/p, W/p] would have to be transposed.
+    """
 
     def __init__(self, patch_size: int, in_channels: int, hidden_size: int) -> None:
         super().__init__()
         self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2).contiguous()
+        batch, channels, height, width = x.shape
+        patch = self.proj.kernel_size[0]
+        patches = x.reshape(batch, channels, height // patch, patch, width // patch, patch).permute(0, 2, 4, 1, 3, 5)
+        flat = patches.reshape(batch, -1, channels * patch * patch)
+        return F.linear(flat, self.proj.weight.flatten(1), self.proj.bias)
 
 
 class TimestepEmbedder(nn.Module):

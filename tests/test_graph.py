@@ -10,14 +10,14 @@ from sitfast.trainer import Trainer
 from tests.conftest import losses, tensors, train
 
 SMALL = ["model.hidden_size=768", "model.num_heads=12", "train.device=cuda", "data.batch_size=16", "train.steps=8"]
-SMALL += ["checkpoint.every=8"]
+SMALL += ["checkpoint.every=8", "train.compile=false"]
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "settings",
     [
-        ["train.precision=bf16"],
+        ["train.precision=bf16", "train.compile=true"],
         ["train.precision=bf16", "train.accumulate=2"],
         ["train.precision=bf16", "train.residual=fp32", "train.accumulate=4"],
         ["train.precision=fp16"],

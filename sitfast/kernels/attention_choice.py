@@ -5,8 +5,8 @@ runs a problem of `TIMED_ROWS` tokens × heads and must
 
     be right    out, lse and dqkv of a few heads against fp64, no further off than twice the plain formula is, and the
                 gradient of qkv's bias against the sum of dqkv
-    repeat      give the same bits twice; one that does not (cuDNN and FlashAttention add dq up in the order in which
-                programs finish) runs only where none that repeats is left
+    repeat      give the same bits twice; what does not (the backward of cuDNN and FlashAttention adds dq up in the order
+                in which programs finish) runs only where none that repeats is left
     be fast     times include what a backend costs around its kernel, as packing dq, dk and dv
 
 All of it happens inside a registered operator, so a compiled graph only ever sees that operator.
@@ -128,7 +128,7 @@ def measure(device: torch.device, dtype: torch.dtype, tokens: int, width: int) -
     """Check and time every backend on this device and choose."""
     times: dict[str, tuple[float, float]] = {}
     rejected: dict[str, str] = {}
-    varying = []
+    varying: tuple[list[str], list[str]] = ([], [])  # forward, backward
     batch = max(1, TIMED_ROWS // (tokens * TIMED_HEADS))
     generator = torch.Generator(device).manual_seed(1)
     qkv = torch.randn(batch, tokens, 3, TIMED_HEADS, width, generator=generator, device=device, dtype=dtype)
@@ -140,8 +140,9 @@ def measure(device: torch.device, dtype: torch.dtype, tokens: int, width: int) -
                 out, lse, dqkv, rows = _run(backend, qkv, dout)
                 reason = fault((out, lse, dqkv), qkv, dout) or rows_fault(rows, dqkv)
             if reason is None:
-                if not all(torch.equal(x, y) for x, y in zip((out, dqkv), _run(backend, qkv, dout)[::2], strict=True)):
-                    varying.append(name)
+                for unlike, x, y in zip(varying, (out, dqkv), _run(backend, qkv, dout)[::2], strict=True):
+                    if not torch.equal(x, y):
+                        unlike.append(name)
                 forward = time_ms(lambda run=backend.forward: run(qkv))
                 backward = time_ms(lambda run=backend.backward, out=out, lse=lse: run(dout, qkv, out, lse))
                 times[name] = forward, backward
@@ -152,8 +153,8 @@ def measure(device: torch.device, dtype: torch.dtype, tokens: int, width: int) -
     if not times:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in rejected.items())
         raise ValueError(f"attention: no backend works for N={tokens}, d={width}, {dtype} on {device}: {reasons}")
-    forward, backward = (min(times, key=lambda name: (name in varying, times[name][i])) for i in (0, 1))
-    return Choice(forward, backward, times, tuple(varying), rejected)
+    forward, backward = (min(times, key=lambda name: (name in varying[i], times[name][i])) for i in (0, 1))
+    return Choice(forward, backward, times, tuple(dict.fromkeys([*varying[0], *varying[1]])), rejected)
 
 
 _choices: dict[tuple[torch.device, torch.dtype, int, int], Choice] = {}

@@ -81,10 +81,10 @@ def test_a_wrong_backend_is_out_however_fast(contest, wrong, reason):
 
 
 def test_one_that_varies_from_run_to_run_is_the_last_resort(contest):
-    choice = contest([1.0, 1.0, 2.0, 2.0], backend("fast", varies=True), backend("same"))
-    assert (choice.forward, choice.backward, choice.varying) == ("same", "same", ("fast",))
+    choice = contest([1.0, 1.0, 2.0, 2.0], backend("fast", varies=True), backend("same"))  # dqkv varies, out does not
+    assert (choice.forward, choice.backward, choice.varying) == ("fast", "same", ("fast",))
     choice = contest([2.0, 2.0, 1.0, 3.0], backend("a", varies=True), backend("b", varies=True))
-    assert (choice.forward, choice.backward) == ("b", "a")
+    assert (choice.forward, choice.backward) == ("b", "a")  # neither repeats
     assert "a 2.000 + 2.000 ms (varies from run to run)" in attention_choice.describe(choice)
 
 
