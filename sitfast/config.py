@@ -183,6 +183,7 @@ class ProfileConfig(Section):
     start: Positive | None = None  # first profiled step
     stop: Positive | None = None  # first step after the window
     trace: bool = False  # also write a Chrome trace into the run folder
+    operators: bool = False  # an NVTX range around every operator in the window, in backward too
 
 
 class Config(Section):
@@ -483,3 +484,5 @@ def _combinations(cfg: Config) -> Iterator[Problem]:
         yield problem(
             "profile.trace", "profile.start", rule="a trace needs a window; set profile.start and profile.stop"
         )
+    if profile.operators and (profile.start is None or profile.trace):
+        yield problem("profile.operators", "profile.start", "profile.trace", rule="it needs a window without a trace")

@@ -140,7 +140,7 @@ class Trainer:
         )
         self.encoded = Ahead(self._next_batch, self.vae, self.device)
         self.source, self.val_rows = source, val_rows[world.rank :: world.size]
-        self.profile = Window(cfg.profile, self.run_dir, rank=world.rank)
+        self.profile = Window(cfg.profile, self.run_dir, rank=world.rank, network=self.network)
         self.peak = metrics.peak_flops(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
         self.logger = metrics.Logger(
             self.run_dir,

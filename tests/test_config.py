@@ -80,6 +80,8 @@ def test_an_unknown_key_gets_a_suggestion(override, hint):
         ["profile.start=5"],
         ["profile.start=5", "profile.stop=5"],
         ["profile.trace=true"],
+        ["profile.operators=true"],
+        ["profile.start=5", "profile.stop=6", "profile.operators=true", "profile.trace=true"],
         ["optim.min_lr=1"],
         ["data.path=null"],
         ["data.source=latents", "data.path=null"],

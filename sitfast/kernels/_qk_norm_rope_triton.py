@@ -91,7 +91,7 @@ def _normalized(he, ho, te, to, eps, NORM: tl.constexpr, HEAD: tl.constexpr, TAI
 
 
 @triton.jit
-def forward_kernel(
+def qk_norm_rope_forward_kernel(
     qkv, out, q_weight, k_weight, q_bias, k_bias, cos, sin, eps, tokens,
     H: tl.constexpr, N: tl.constexpr, D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, NORM: tl.constexpr,
     ROPE: tl.constexpr, ROWS: tl.constexpr,
@@ -140,7 +140,7 @@ def _store_sums(base, even, odd, FIRST: tl.constexpr, COLS: tl.constexpr, D: tl.
 
 
 @triton.jit
-def backward_kernel(
+def qk_norm_rope_backward_kernel(
     dout, qkv, dqkv, q_weight, k_weight, cos, sin, norm_sums, bias_sums, eps, tokens,
     H: tl.constexpr, N: tl.constexpr, D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, NORM: tl.constexpr,
     ROPE: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr,
@@ -232,7 +232,7 @@ def forward(
     batch, tokens, _, heads, width = qkv.shape
     out = torch.empty_like(qkv)
     given = [qkv if vector is None else vector for vector in (*vectors, cos, sin)]
-    forward_kernel[(-(-batch * tokens // ROWS),)](
+    qk_norm_rope_forward_kernel[(-(-batch * tokens // ROWS),)](
         qkv, out, *given, eps, batch * tokens,
         heads, tokens, width, *split_width(width), NORMS[norm], cos is not None, ROWS, num_warps=WARPS,
     )  # fmt: skip
@@ -256,7 +256,7 @@ def backward(
     norm_sums = qkv.new_empty(programs, 4 * width, dtype=torch.float32)
     bias_sums = norm_sums if bias_dtype is None else qkv.new_empty(programs, 3 * heads * width, dtype=torch.float32)
     given = [qkv if tensor is None else tensor for tensor in (*weights, cos, sin)]
-    backward_kernel[(programs,)](
+    qk_norm_rope_backward_kernel[(programs,)](
         dout, qkv, dqkv, *given, norm_sums, bias_sums, eps, batch * tokens,
         heads, tokens, width, *split_width(width), NORMS[norm], cos is not None, bias_dtype is not None, ROWS,
         num_warps=WARPS,

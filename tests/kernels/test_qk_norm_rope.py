@@ -172,6 +172,6 @@ def test_compiles_ahead_of_time():
     jobs = []
     for norm in (1, 2):
         shape = {"H": 16, "N": 256, "D": 72, "HEAD": 64, "TAIL": 16, "NORM": norm, "ROPE": True, "ROWS": 32}
-        jobs.append(job(f"{module}:forward_kernel", 4, types=types, **shape))
-        jobs.append(job(f"{module}:backward_kernel", 4, types=types, **shape, BIAS=True))
+        jobs.append(job(f"{module}:qk_norm_rope_forward_kernel", 4, types=types, **shape))
+        jobs.append(job(f"{module}:qk_norm_rope_backward_kernel", 4, types=types, **shape, BIAS=True))
     compile_ahead(*jobs)
