@@ -45,4 +45,4 @@ def case(width: int, tokens: int) -> Case:
 
 @shapes()
 def test_attention(bench, width: int, tokens: int, direction: Direction) -> None:
-    bench(case(width, tokens), direction)
+    bench(direction, width=width, tokens=tokens)

@@ -42,4 +42,4 @@ def case(width: int, tokens: int, stream: str) -> Case:
 
 @shapes("tokens, stream", SHAPES)
 def test_gated_residual(bench, width: int, tokens: int, stream: str, direction: Direction) -> None:
-    bench(case(width, tokens, stream), direction)
+    bench(direction, width=width, tokens=tokens, stream=stream)

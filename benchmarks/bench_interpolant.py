@@ -48,4 +48,4 @@ def case(width: int, tokens: int) -> Case:
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_interpolant(bench, width: int, tokens: int, direction: Direction) -> None:
-    bench(case(width, tokens), direction)
+    bench(direction, width=width, tokens=tokens)

@@ -76,4 +76,4 @@ def case(width: int, tokens: int, stream: str) -> Case:
 
 @shapes("tokens, stream", SHAPES)
 def test_layernorm_modulate(bench, width: int, tokens: int, stream: str, direction: Direction) -> None:
-    bench(case(width, tokens, stream), direction)
+    bench(direction, width=width, tokens=tokens, stream=stream)

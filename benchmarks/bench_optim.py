@@ -6,14 +6,15 @@ Without a GPU two tensors stand for the model. Checked before it is timed: one u
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
+from typing import Any
 
 import pytest
 import torch
 
 from benchmarks.gpu_extension import Operands, shapes_of, torch_update
-from benchmarks.harness import CLOCK, GPU, WIDTHS, Timer
+from benchmarks.harness import DIRECTIONS, GPU, TOKENS, WIDTHS, Direction, Outcome, Timer, Work
 from sitfast.kernels import use_reference
 
 PRESETS = dict(zip(WIDTHS, ("SiT-XL/2", "SiT-B/2", "SiT-L/2", "SiT-S/2"), strict=True))
@@ -32,41 +33,43 @@ def failure(operands: Operands) -> str | None:
     return None
 
 
-@pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("tokens", [256])
-@pytest.mark.parametrize("direction", ["forward"])
-def test_optim(benchmark, timer: Timer, ceilings: dict[str, float], width: int, tokens: int, direction: str) -> None:
+def compare(directions: Sequence[Direction], wanted: Sequence[str], width: int, tokens: int) -> dict | str:
     shapes = shapes_of(PRESETS[width]) if GPU else [torch.Size((width, 8)), torch.Size((5,))]
 
     def operands(some: list[torch.Size]) -> Operands:
         return Operands(some, averages=1, copies=True, grads=torch.float32, moments=torch.float32)
 
+    torch.manual_seed(0)
     if reason := failure(operands(shapes[:8])):
-        pytest.fail(f"adamw_ema is not timed, its check fails: {reason}")
-    state = operands(shapes)
+        return reason
+    timer, state = Timer(), operands(shapes)
 
-    def median(run: Callable[[], object]) -> tuple[float, list[float]]:
-        samples = timer.samples_s(lambda _: run, REPEATS)
-        return statistics.median(samples), samples
+    def times(run: Callable[[], object]) -> list[float]:
+        return timer.samples_s(lambda _: run, REPEATS)
 
-    (ours, samples), (theirs, _) = median(state.update), median(torch_update(state))
-    with use_reference():
-        eager, _ = median(state.update)
-    rate = state.bytes() / ours
-    benchmark.extra_info.update(
-        kernel="clip, AdamW, average, bf16 copy",
-        direction=direction,
-        D=width,
-        N=tokens,
-        B=1,
-        median_us=1e6 * ours,
-        note=None,
-        rate=rate / 1e9,
-        unit="GB/s",
-        percent_of_ceiling=100 * rate / ceilings["bytes"],
-        ceilings={"copy_GBs": ceilings["bytes"] / 1e9, "gemm_TFLOPs": ceilings["flops"] / 1e12},
-        x_eager=eager / ours,
-        rivals={"fused AdamW, clip_grad_norm_, lerp": theirs / ours},
-    )
-    CLOCK.pending_s = samples
-    benchmark.pedantic(CLOCK.tick, rounds=len(samples), iterations=1)
+    samples = times(state.update)
+    median = statistics.median(samples)
+    info: dict[str, Any] = {
+        "kernel": "clip, AdamW, average, bf16 copy",
+        "direction": "forward",
+        "D": width,
+        "N": tokens,
+        "B": 1,
+        "median_us": 1e6 * median,
+        "note": None,
+        "rivals": {},
+    }
+    if "rivals" in wanted:
+        theirs = statistics.median(times(torch_update(state)))
+        info["rivals"]["fused AdamW, clip_grad_norm_, lerp"] = theirs / median
+    if "eager" in wanted:
+        with use_reference():
+            info["x_eager"] = statistics.median(times(state.update)) / median
+    return {"forward": Outcome(samples, Work(bytes=state.bytes(), flops=0), info)}
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("tokens", TOKENS[:1])
+@pytest.mark.parametrize("direction", DIRECTIONS[:1])
+def test_optim(bench, width: int, tokens: int, direction: Direction) -> None:
+    bench(direction, width=width, tokens=tokens)

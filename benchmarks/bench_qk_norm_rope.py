@@ -1,4 +1,7 @@
-"""qk_norm_rope, RMS: the packed qkv read and written forward; backward reads its gradient and q, k and writes dqkv."""
+"""qk_norm_rope, RMS: the packed qkv read and written forward; backward reads its gradient and q, k and writes dqkv.
+
+Each token is on its own, so that one N stands for all.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import math
 from torch import Tensor
 
 from benchmarks.bench_attention import HEADS
-from benchmarks.harness import DEVICE, Case, Direction, Work, batch, draw, shapes
+from benchmarks.harness import DEVICE, TOKENS, Case, Direction, Work, batch, draw, shapes
 from sitfast.kernels import qk_norm_rope
 from sitfast.kernels.qk_norm_rope import axial_angles
 
@@ -32,6 +35,6 @@ def case(width: int, tokens: int) -> Case:
     )
 
 
-@shapes()
+@shapes(values=TOKENS[:1])
 def test_qk_norm_rope(bench, width: int, tokens: int, direction: Direction) -> None:
-    bench(case(width, tokens), direction)
+    bench(direction, width=width, tokens=tokens)

@@ -5,9 +5,10 @@
     reference   the same without that tuning
 
 in two precisions: bf16 weights, and fp32 weights under bf16 autocast. For each: the loss and the gradients of two
-batches against fp32, median time, peak memory; for the kernels also where the time goes. Other processes compile and tune
-everything first. Takes less than three minutes, or two with one precision as an argument (`bf16` or `autocast`); what
-would not fit is left out, and said. Without a GPU the model is tiny and the figures mean nothing.
+batches against fp32, median time, peak memory; for the kernels also where the time goes. Other processes compile first, and
+tune before the tuned cases, which come last. A result is printed, and written to `--output`, as soon as it is there; what
+would not fit into `--budget` is left out, and said; one precision (`bf16` or `autocast`) takes two thirds of the time of
+both. Without a GPU the model is tiny and the figures mean nothing.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ import argparse
 import re
 import signal
 import statistics
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, as_completed
+from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,13 +34,13 @@ from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import tuning
+from benchmarks import record, tuning
 from benchmarks.harness import DEVICE, GPU
 from sitfast.kernels import use_reference
 from sitfast.model import SiT, build_model
 
 BATCH, MICRO_BATCH, WARM_UP, REPEATS = (128, 16, 3, 20) if GPU else (2, 1, 1, 2)
-BUDGET_S, CASE_S, TUNING_PROCESSES = 150, 60, 10
+BUDGET_S, CASE_S, TUNING_PROCESSES = 170, 60, 10
 BACKEND = "inductor" if GPU else "aot_eager"
 STARTED = time.time()
 
@@ -56,14 +59,16 @@ class Case:
         return f"{self.name}, {'bf16 autocast, fp32 weights' if self.autocast else 'bf16 weights'}"
 
 
-TUNED = {"coordinate_descent_tuning": True} if GPU else {}
+# Without the launcher in C++, which bundles kernels with the cached graph and takes them from there as they were before
+# they were tuned, where their heuristics had one setting only (torch 2.11). The device is busy longer than the host.
+TUNED = {"coordinate_descent_tuning": True, "use_static_cuda_launcher": False} if GPU else {}
 CASES = [
     Case("kernels", True, False),
-    Case("tuned", False, False, TUNED),
     Case("kernels", True, True),
     Case("reference", False, False),
-    Case("tuned", False, True, TUNED),
     Case("reference", False, True),
+    Case("tuned", False, False, TUNED),
+    Case("tuned", False, True, TUNED),
 ]
 
 
@@ -234,7 +239,7 @@ def as_cuda_graph(step: Callable[[], Tensor]) -> str:
 
 
 def compile_case(case: Case, share: int, shares: int) -> None:
-    """Fill the caches on disk with what the model's two kinds of block and its last layer run; tune a share of it."""
+    """Fill the caches on disk with what the model's two kinds of block and its last layer run; tune a share of it, or none."""
     model, step = make_step(case, depth=2)
     with tuning.share_of_kernels(share, shares):
         step(make_batch(1))
@@ -244,23 +249,17 @@ def compile_case(case: Case, share: int, shares: int) -> None:
         torch.cuda.empty_cache()
 
 
-def compile_all(cases: list[Case]) -> None:
-    """Compile every case in a process of its own, then tune in all of them, each some of the kernels."""
-    tuned = [case for case in cases if case.options]
+def in_processes(cases: list[Case], what: str, shares: int = 0) -> None:
+    """Compile each case in a process of its own, or in so many that each tunes its share of the kernels."""
+    parts = [(i, shares) for i in range(shares)] or [(-1, 1)]  # of one, none is tuned
     try:
-        with tuning.processes(TUNING_PROCESSES) as pool:
-            first = [pool.submit(compile_case, case, -1, 1) for case in cases]
-            wait_for(first, "compiled")
-            shares = TUNING_PROCESSES
-            wait_for([pool.submit(compile_case, case, i, shares) for case in tuned for i in range(shares)], "tuned")
+        with tuning.processes(min(TUNING_PROCESSES, len(cases) * len(parts))) as pool:
+            jobs = [pool.submit(tuning.call, compile_case, case, *part) for case in cases for part in parts]
+            for job in as_completed(jobs):
+                if error := job.exception():
+                    say(f"{what}: {type(error).__name__}: {str(error)[:300]}")
     except BrokenProcessPool:
         say("a process that compiles or tunes has died; going on without them")
-
-
-def wait_for(futures: list[Future], what: str) -> None:
-    for future in as_completed(futures):
-        if error := future.exception():
-            say(f"{what}: {type(error).__name__}: {str(error)[:300]}")
     say(f"{what}, {elapsed():.0f} s")
 
 
@@ -354,54 +353,67 @@ def backends_used() -> str:
     return f"attention: {describe(256, 72, torch.bfloat16, torch.device(DEVICE))}"
 
 
+def report(case: Case, result: Result) -> None:
+    say(
+        f"{case.title:<45} {result.ms:7.1f} ms  {1e3 * BATCH / result.ms:5.0f} img/s  host {result.host_ms:6.1f} ms  "
+        f"{result.gib:5.1f} GiB  first call {result.compile_s:.0f} s"
+        + (f"  as a CUDA graph {result.graph}" if result.graph else "")
+    )
+    for line in result.errors:
+        say(f"    {line}")
+    for line in result.profile:
+        say(f"    {line}")
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Forward and backward of SiT-XL/2, with the kernels and without.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("precisions", nargs="*", choices=["bf16", "autocast", []], help="both, if none is named")
-    precisions = parser.parse_args().precisions or ["bf16", "autocast"]
-    cases = [case for case in CASES if ("autocast" if case.autocast else "bf16") in precisions]
-    name = torch.cuda.get_device_name() if GPU else "CPU, tiny model: these figures mean nothing"
-    say(f"{name}, torch {torch.__version__}, SiT-XL/2, B = {BATCH}")
-    if GPU:
-        compile_all(cases)
-    batches, results = [make_batch(1), make_batch(2)], {}
+    parser.add_argument("--cases", type=lambda text: text.split(","), default=["kernels", "reference", "tuned"])
+    parser.add_argument(
+        "--budget", type=float, default=BUDGET_S, metavar="SECONDS", help="begin nothing that would not fit"
+    )
+    parser.add_argument("--output", type=Path, metavar="FILE.json")
+    parser.add_argument("--commit", default="", help="the commit that runs, where there is no repository to ask")
+    args = parser.parse_args()
+    precisions = args.precisions or ["bf16", "autocast"]
+    cases = [c for c in CASES if c.name in args.cases and ("autocast" if c.autocast else "bf16") in precisions]
+    command = " ".join(["python -m benchmarks.gpu_model", *sys.argv[1:]])
+    kept = record.Record(args.output, record.origin(command, dtype="bfloat16", commit=args.commit))
+    say(
+        f"{record.device_name()}, torch {torch.__version__}, SiT-XL/2 forward + backward, B = {BATCH}, median of {REPEATS}"
+    )
+    if not GPU:
+        say("tiny model: these figures mean nothing")
+    else:
+        tuning.skip_short_kernels()
+        in_processes(cases, "compiled")
+    batches = [make_batch(1), make_batch(2)]
     exact: list[tuple[float, dict[str, Tensor]]] = []
     try:
         exact = exact_results(batches)
         say(f"fp32: {[round(loss, 6) for loss, _ in exact]}, {elapsed():.0f} s")
     except Exception as error:
         say(f"fp32: FAILED {type(error).__name__}: {str(error)[:300]}")
+    tuned = False
     for case in cases:
-        if elapsed() > BUDGET_S - 12:
+        if elapsed() > args.budget - 12:
             say(f"{case.title}: left out, {elapsed():.0f} s have passed")
             continue
-        failure = None
+        if case.options and not tuned:
+            in_processes([c for c in cases if c.options], "tuned", TUNING_PROCESSES)
+            tuned = True
         try:
-            with at_most(min(CASE_S, BUDGET_S + 15 - elapsed())):
-                results[case.title] = run_case(case, batches, exact)
+            with at_most(max(1.0, min(CASE_S, args.budget + 15 - elapsed()))):
+                result = run_case(case, batches, exact)
+            report(case, result)
+            kept.add({"case": case.name, "autocast": case.autocast, "B": BATCH, **asdict(result)})
         except Exception as error:
-            failure = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
-        say(f"{case.title}: {'FAILED ' + failure if failure else 'done'}, {elapsed():.0f} s")
+            say(f"{case.title}: FAILED {type(error).__name__}: {' '.join(str(error).split())[:400]}")
+        say(f"{case.title}: {elapsed():.0f} s")
         if GPU:
             torch.cuda.empty_cache()
-
-    backends = backends_used() if GPU else ""
-    say(f"\n==== {name}, torch {torch.__version__}, SiT-XL/2 forward + backward, B = {BATCH}, median of {REPEATS}")
-    for title, result in results.items():
-        say(
-            f"{title:<45} {result.ms:7.1f} ms  {1e3 * BATCH / result.ms:5.0f} img/s  host {result.host_ms:6.1f} ms  "
-            f"{result.gib:5.1f} GiB  first call {result.compile_s:.0f} s"
-            + (f"  as a CUDA graph {result.graph}" if result.graph else "")
-        )
-    say(backends)
-    for title, result in results.items():
-        for line in result.errors:
-            say(f"{title.split(',')[0] + (' autocast' if 'autocast' in title else ' bf16'):<19} {line}")
-    for title, result in results.items():
-        lines = result.profile[: 21 if "autocast" not in title else 12]
-        if lines:
-            say(f"{title}, ms a step: {lines[0]}")
-            say("\n".join(lines[1:]))
-    say(f"{elapsed():.0f} s")
+    if GPU:
+        say(backends_used())
 
 
 if __name__ == "__main__":

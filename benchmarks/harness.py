@@ -21,6 +21,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import tuning
 from sitfast.kernels import use_reference
 
 GPU = torch.cuda.is_available()
@@ -34,6 +35,7 @@ MAX_BUSY_CYCLES = 200_000_000  # a tenth of a second
 
 Direction = Literal["forward", "backward"]
 DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
+BASELINES = ("eager", "compile", "rivals")
 Function = Callable[..., "Tensor | tuple[Tensor, ...]"]
 
 
@@ -66,6 +68,15 @@ class Case:
     backward: Work
     rivals: dict[str, Rival] = field(default_factory=dict)
     note: str | None = None  # on the default at this shape, where the kernel is not it
+
+
+@dataclass
+class Outcome:
+    """What was measured of a case in one direction; `info` are columns of the results page."""
+
+    samples_s: list[float]
+    work: Work
+    info: dict[str, Any]
 
 
 def shapes(names: str = "tokens", values: Sequence[Any] = TOKENS) -> Callable[[Callable], Callable]:
@@ -227,15 +238,63 @@ def measure(function: Function, case: Case, direction: Direction, timer: Timer) 
 
 
 def compiled(function: Function) -> Function:
-    """torch.compile at its best: fixed shapes, coordinate-descent tuning of its kernels."""
+    """torch.compile at its best: fixed shapes, and coordinate descent over the launch settings of each kernel it makes.
+
+    Tuned are block sizes and warps of its pointwise kernels and reductions, where one takes `tuning.LEAST_MS` or more. GEMMs
+    are cuBLAS's and attention is that of scaled_dot_product_attention, which have nothing to tune.
+    """
     torch._dynamo.reset()
     options: dict[str, Any] = {"coordinate_descent_tuning": True} if GPU else {}
     return torch.compile(plain(function), fullgraph=True, dynamic=False, options=options)
 
 
-def figures(case: Case, direction: Direction, seconds: float, ceilings: dict[str, float]) -> dict[str, float | str]:
+def compare(case: Case, directions: Sequence[Direction], wanted: Sequence[str]) -> dict[Direction, Outcome] | str:
+    """The kernel checked, then timed against what is `wanted` of BASELINES; or why it is not timed."""
+    torch.manual_seed(0)
+    if reason := failure(case.function, case):
+        return reason
+    tuning.num_timed()
+    timer, others = Timer(), dict[str, Function]()
+    if "eager" in wanted:
+        others["eager"] = plain(case.function)
+    if "compile" in wanted:
+        others["compile"] = compiled(case.function)
+    rivals = case.rivals if "rivals" in wanted else {}
+    faults = {name: _fault(rival, case) for name, rival in rivals.items()}
+    results: dict[Direction, Outcome] = {}
+    for direction in directions:
+        samples = measure(case.function, case, direction, timer)
+        median = statistics.median(samples)
+
+        def times(function: Function, direction: Direction = direction, median: float = median) -> float:
+            return statistics.median(measure(function, case, direction, timer)) / median
+
+        num_samples, tokens = batch(case.tokens)
+        info: dict[str, Any] = {
+            "kernel": case.kernel,
+            "direction": direction,
+            "D": case.width,
+            "N": tokens,
+            "B": num_samples,
+            "median_us": 1e6 * median,
+            "note": case.note,
+        }
+        info |= {f"x_{name}": times(function) for name, function in others.items()}
+        info["rivals"] = {name: faults[name] or times(rival.function) for name, rival in rivals.items()}
+        info["variants"] = tuning.num_timed()
+        results[direction] = Outcome(samples, case.forward if direction == "forward" else case.backward, info)
+    return results
+
+
+def _fault(rival: Rival, case: Case) -> str | None:
+    try:
+        return failure(rival.function, case, reference=rival.reference, repeats=False)
+    except Exception as error:  # whatever another package raises is a finding about it
+        return f"{type(error).__name__}: {str(error)[:200]}"
+
+
+def figures(work: Work, seconds: float, ceilings: dict[str, float]) -> dict[str, float | str]:
     """Rate, and share of the ceiling, in the unit that bounds the kernel: bytes of a copy or operations of a GEMM."""
-    work = case.forward if direction == "forward" else case.backward
     moves = work.bytes / ceilings["bytes"] >= work.flops / ceilings["flops"]
     rate = (work.bytes if moves else work.flops) / seconds
     return {

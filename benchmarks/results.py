@@ -131,7 +131,9 @@ def page(runs: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.results", description=__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="FILE.json", help="written by --benchmark-json")
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="FILE.json", help="written by --record or --benchmark-json"
+    )
     parser.add_argument("--output", type=Path, default=PAGE)
     arguments = parser.parse_args()
     arguments.output.write_text(page([json.loads(path.read_text()) for path in arguments.runs]))

@@ -1,40 +1,105 @@
-"""Inductor's coordinate-descent tuning of many graphs at once, before anything is timed.
+"""Many processes that compile and tune, one at a time on the GPU.
 
-Tuning a graph compiles some twenty variants of each of its kernels one after the other: a quarter of an hour for a page
-of results. Here several processes tune, each other graphs, and only one at a time has the GPU while it times a variant.
-What they find stays in Inductor's and Triton's caches on disk, from where the process that benchmarks takes it.
+What takes long in a page of results is compiling: our kernels, the rivals', and above all the variants that Inductor's
+coordinate descent tries of each of its kernels. That runs on all cores. What needs the GPU needs it for itself, a variant
+being timed as much as a result, and is short. So each process holds the GPU (`Turn`) whenever it could use it, and gives
+it up while Dynamo, Inductor or Triton compile.
 """
 
 from __future__ import annotations
 
-import importlib
 import multiprocessing
 import os
-import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-Task = tuple[str, dict[str, Any]]  # module with a function `case`, and its arguments
+LEAST_MS = 5e-3  # kernels below are mostly launch: no block size makes up for that
+
+
+class Turn:
+    """The GPU, for one process at a time: held inside `with turn`, given up while anything compiles."""
+
+    def __init__(self, lock: Any) -> None:
+        self._lock, self._held, self._depth = lock, False, 0
+
+    def __enter__(self) -> Turn:
+        self._lock.acquire()
+        self._held = True
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._held = False
+        self._leave()
+
+    def begin_compiling(self, *_: object) -> None:
+        self._depth += 1
+        if self._held and self._depth == 1:
+            self._leave()
+
+    def end_compiling(self, *_: object) -> None:
+        self._depth -= 1
+        if self._held and self._depth == 0:
+            self._lock.acquire()
+
+    def _leave(self) -> None:
+        """What was queued is done before anyone else begins."""
+        try:
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()
+        finally:
+            self._lock.release()
+
+    def while_compiling(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def compile(*args: Any, **kwargs: Any) -> Any:
+            self.begin_compiling()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.end_compiling()
+
+        return compile
+
+
+_turn = Turn(multiprocessing.Lock())  # of a process that works alone
 
 
 def take_turns(lock: Any) -> None:
-    """Times the variants of a kernel only while no other process does, and compiles in this process alone."""
+    """In a new process: `call` holds this lock, and compilers give it up."""
+    global _turn
     import torch._inductor.config
+    from torch._dynamo.callback import callback_handler
+
+    torch.set_num_threads(1)  # the processes are many already
+    torch._inductor.config.compile_threads = 1
+    _turn = Turn(lock)
+    callback_handler.register_start_callback(_turn.begin_compiling)
+    callback_handler.register_end_callback(_turn.end_compiling)
+    try:
+        import triton
+    except ImportError:
+        return
+    # Inductor calls the first; Triton's and Gluon's JIT import the second when they compile.
+    triton.compile = triton.compiler.compile = _turn.while_compiling(triton.compile)
+    skip_short_kernels()
+
+
+def skip_short_kernels() -> None:
+    """From now on coordinate descent leaves kernels of less than LEAST_MS as they are."""
     from torch._inductor.runtime.triton_heuristics import CachingAutotuner
 
-    torch._inductor.config.compile_threads = 1  # the processes are many already
-    bench = CachingAutotuner.bench
+    tune = CachingAutotuner.coordinate_descent_tuning
 
-    def alone(*args: Any, **kwargs: Any) -> float:
-        with lock:
-            return bench(*args, **kwargs)
+    def tune_long(self: Any, launcher: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.bench(launcher, *args, **kwargs) >= LEAST_MS:
+            return tune(self, launcher, *args, **kwargs)
+        launcher.config.found_by_coordesc = True  # or it would be asked again at every launch
+        return launcher
 
-    CachingAutotuner.bench = alone
+    CachingAutotuner.coordinate_descent_tuning = tune_long
 
 
 @contextmanager
@@ -59,46 +124,24 @@ def share_of_kernels(index: int, count: int) -> Iterator[None]:
 
 
 def processes(count: int | None = None) -> ProcessPoolExecutor:
-    """Processes that take turns on the GPU; two fewer than cores, or as many as asked for."""
+    """Processes that take turns on the GPU, for tasks `call`; two fewer than cores, or as many as asked for."""
     context = multiprocessing.get_context("spawn")
     most = max(1, (os.cpu_count() or 2) - 2)
     return ProcessPoolExecutor(min(count or most, most), context, take_turns, (context.Lock(),))
 
 
-def _call(task: Task, compiled: bool) -> float:
-    """Run forward and backward of a case once; returns the seconds it took."""
-    from benchmarks import harness
-
-    start = time.monotonic()
-    module, arguments = task
-    case = importlib.import_module(module).case(**arguments)
-    function = harness.compiled(case.function) if compiled else case.function
-    harness.calls(function, case, "backward")(0)()
-    if harness.GPU:
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-    return time.monotonic() - start
-
-
-def prepare(tasks: list[Task], say: Callable[[str], None], *, tune: bool = True) -> None:
-    """Compile the kernels of all cases, then, if `tune`, tune the compiled reference of each."""
-    start = time.monotonic()
-    try:
-        with processes(len(tasks)) as pool:
-            for what, compiled in (("compiled", False), ("tuned", True))[: 1 + tune]:
-                futures = {pool.submit(_call, task, compiled): task for task in tasks}
-                for done, future in enumerate(as_completed(futures), 1):
-                    module, arguments = futures[future]
-                    name = " ".join([module.removeprefix("benchmarks.bench_"), *map(str, arguments.values())])
-                    error = future.exception()
-                    took = f"{type(error).__name__}: {str(error)[:200]}" if error else f"{future.result():.0f} s"
-                    say(f"{what} {done}/{len(tasks)}, {time.monotonic() - start:.0f} s: {name} ({took})")
-    except BrokenProcessPool:  # the rest is then compiled and tuned where it is timed, which only takes longer
-        say("a process that compiles or tunes has died; going on without them")
+def call(function: Callable[..., Any], *args: Any) -> Any:
+    """The function's result, computed while this process has its turn."""
+    with _turn:
+        try:
+            return function(*args)
+        finally:
+            if torch.cuda.is_initialized():
+                torch.cuda.empty_cache()
 
 
 def num_timed() -> int:
-    """How many variants this process has timed since it was asked last: none, if `prepare` has done its work."""
+    """How many variants coordinate descent has timed in this process since it was asked last."""
     from torch._dynamo.utils import counters
 
     return counters["inductor"].pop("coordesc_tuning_bench", 0)

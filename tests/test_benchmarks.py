@@ -1,10 +1,14 @@
 import copy
 import json
+import time
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import gpu_parity, harness, results, tuning
+from benchmarks import gpu_parity, harness, record, results, runs, tuning
 from sitfast.model import build_model
 
 
@@ -59,14 +63,15 @@ def test_results_that_change_from_run_to_run_are_refused():
 
 @pytest.mark.parametrize("direction, rate", [("forward", 2e-3), ("backward", 3e-3)])
 def test_rates_count_the_bytes_of_the_direction(direction, rate):
-    figures = harness.figures(case(None), direction, 1e-3, {"bytes": 4e6, "flops": 1e12})
+    work = getattr(case(None), direction)
+    figures = harness.figures(work, 1e-3, {"bytes": 4e6, "flops": 1e12})
     assert figures["rate"] == pytest.approx(rate)
     assert figures["unit"] == "GB/s"
     assert figures["percent_of_ceiling"] == pytest.approx(rate / 4e-3 * 100)
 
 
 def test_a_kernel_bound_by_operations_is_measured_in_them():
-    figures = harness.figures(case(None), "backward", 1e-3, {"bytes": 4e6, "flops": 5e6})  # 0.75 and 0.8 ms
+    figures = harness.figures(case(None).backward, 1e-3, {"bytes": 4e6, "flops": 5e6})  # 0.75 and 0.8 ms
     assert figures["rate"] == pytest.approx(4e-6)
     assert figures["unit"] == "TFLOP/s"
     assert figures["percent_of_ceiling"] == pytest.approx(80)
@@ -131,6 +136,126 @@ def test_calls_that_the_host_queues_too_late_are_not_counted(host_cycles, error,
         samples = timer._on_device(lambda _: lambda: None, 5)
         assert len(samples) == 5
         assert min(samples) >= host_cycles
+
+
+# ---- several processes, one GPU --------------------------------------------------------------------------------------
+
+
+class Lock:
+    held = False
+
+    def acquire(self):
+        assert not self.held
+        self.held = True
+
+    def release(self):
+        assert self.held
+        self.held = False
+
+
+def test_a_process_has_the_gpu_but_while_it_compiles():
+    lock = Lock()
+    turn = tuning.Turn(lock)
+
+    def inner():
+        assert not lock.held
+        return "compiled"
+
+    def outer():
+        assert not lock.held
+        assert turn.while_compiling(inner)() == "compiled"
+        assert not lock.held
+
+    turn.while_compiling(outer)()  # before its turn
+    assert not lock.held
+    with turn:
+        assert lock.held
+        turn.while_compiling(outer)()
+        assert lock.held
+        with pytest.raises(ZeroDivisionError):
+            turn.while_compiling(lambda: 1 / lock.held)()
+        assert lock.held
+    assert not lock.held
+
+
+def test_short_kernels_are_not_tuned_and_not_asked_for_again(monkeypatch):
+    tuner = pytest.importorskip("torch._inductor.runtime.triton_heuristics").CachingAutotuner
+    monkeypatch.setattr(tuner, "coordinate_descent_tuning", lambda self, launcher: "tuned")
+    monkeypatch.setattr(tuner, "bench", lambda self, launcher: launcher.ms)
+    tuning.skip_short_kernels()
+    kernel = object.__new__(tuner)
+    for ms in (0.5 * tuning.LEAST_MS, 2 * tuning.LEAST_MS):
+        launcher = SimpleNamespace(ms=ms, config=SimpleNamespace())
+        long = ms > tuning.LEAST_MS
+        assert kernel.coordinate_descent_tuning(launcher) == ("tuned" if long else launcher)
+        assert getattr(launcher.config, "found_by_coordesc", False) != long
+
+
+def compare(directions, wanted, what):
+    """The case of this module as `runs` finds it."""
+    if what == "error":
+        raise ValueError("no such\n thing")
+    return harness.compare(case(lambda x: x * x), directions, wanted)
+
+
+def task(what):
+    return __name__, (("what", what),)
+
+
+def test_runs_in_this_process_until_the_time_is_over():
+    tasks = {task("square"): ["backward"], task("error"): ["forward"]}
+    in_time = runs.Runs(tasks, ["eager"], processes=0, deadline_s=time.monotonic() + 60)
+    outcome = in_time.outcomes(task("square"))
+    assert list(outcome) == ["backward"]
+    assert outcome["backward"].work.flops == 4_000
+    assert outcome["backward"].info["x_eager"] > 0
+    assert "x_compile" not in outcome["backward"].info
+    assert in_time.outcomes(task("error")) == "ValueError: no such thing"
+    late = runs.Runs(tasks, [], processes=0, deadline_s=time.monotonic() - 1)
+    with pytest.raises(runs.TimeIsOver):
+        late.outcomes(task("square"))
+
+
+@pytest.mark.parametrize("deaths, works", [(1, True), (runs.MAX_RESTARTS + 1, False)])
+def test_runs_survive_the_death_of_a_process(deaths, works, monkeypatch):
+    submitted = []
+
+    def pool(count):
+        """Processes that die over the first case, but for those after so many deaths."""
+        submitted.append([])
+
+        def submit(call, function, *arguments):
+            future = Future()
+            submitted[-1].append(arguments[0][1] if arguments else "ceilings")
+            dies = arguments and len(submitted) <= deaths
+            future.set_exception(BrokenProcessPool()) if dies else future.set_result(function.__name__)
+            return future
+
+        return SimpleNamespace(submit=submit)
+
+    monkeypatch.setattr(tuning, "processes", pool)
+    started = runs.Runs({("m", "a"): [], ("m", "b"): []}, [], processes=2, deadline_s=time.monotonic() + 60)
+    assert started.ceilings() == "ceilings"
+    if works:
+        assert [started.outcomes(("m", name)) for name in "ab"] == ["outcomes"] * 2
+        assert submitted == [["ceilings", "a", "b"], ["a", "b"]]
+    else:
+        with pytest.raises(BrokenProcessPool):
+            started.outcomes(("m", "a"))
+
+
+def test_a_record_is_whole_after_each_result(tmp_path):
+    kept = record.Record(tmp_path / "new" / "run.json", record.origin("a command", dtype="bfloat16", commit="abc"))
+    for width in (384, 768):
+        kept.add(entry(width, "forward"))
+        written = json.loads((tmp_path / "new" / "run.json").read_text())
+        assert written["benchmarks"][-1] == entry(width, "forward")
+    page = results.page([written])
+    assert len(rows(page)) == 2
+    assert "- commit: abc\n" in page
+    assert "`a command`" in page
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["run.json"]
+    record.Record(None, {}).add({})
 
 
 def entry(width, direction, **columns):
