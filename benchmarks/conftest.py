@@ -14,6 +14,7 @@ from benchmarks import harness, record, runs
 from benchmarks.harness import BASELINES, CLOCK, DIRECTIONS, DTYPE, GPU, TOKENS, WIDTHS, Direction
 
 START = time.monotonic()
+collect_ignore = ["bench_step.py", "bench_end_to_end.py"]  # unless named: they take longer
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -31,6 +32,8 @@ def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
 
     def position(item: pytest.Function) -> tuple:
         params = item.callspec.params
+        if "direction" not in params:
+            return ()
         width, tokens = WIDTHS.index(params["width"]), TOKENS.index(params["tokens"])
         place = width > 0 and tokens > 0, width, item.module.__name__, tokens
         return *place, params.get("stream", ""), DIRECTIONS.index(params["direction"])
@@ -76,7 +79,8 @@ def all_runs(request: pytest.FixtureRequest) -> Iterator[runs.Runs]:
     for item in request.session.items:
         assert isinstance(item, pytest.Function)
         params = dict(item.callspec.params)
-        direction = params.pop("direction")
+        if (direction := params.pop("direction", None)) is None:
+            continue
         tasks.setdefault((item.module.__name__, tuple(sorted(params.items()))), []).append(direction)
     count = option("--processes")
     started = runs.Runs(

@@ -65,4 +65,10 @@ class Record:
         self.content["benchmarks"].append(entry)
         if self._path is not None:
             with replacing(self._path) as temporary:
-                temporary.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
+                temporary.write_text(self._text(), encoding="utf-8")
+
+    def _text(self) -> str:
+        """One line a result."""
+        head = json.dumps({name: value for name, value in self.content.items() if name != "benchmarks"})
+        results = ",\n".join(map(json.dumps, self.content["benchmarks"]))
+        return f'{head[:-1]}, "benchmarks": [\n{results}\n]}}\n'

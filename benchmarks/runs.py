@@ -6,7 +6,7 @@ import importlib
 import os
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures import TimeoutError as TimeIsOver  # another than the built-in before Python 3.11
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -106,11 +106,4 @@ class Runs:
     def close(self) -> None:
         """End the processes, whatever they do."""
         if self._pool is not None:
-            _stop(self._pool)
-
-
-def _stop(pool: ProcessPoolExecutor) -> None:
-    running = list((pool._processes or {}).values())  # `terminate_workers` only came with Python 3.14
-    pool.shutdown(wait=False, cancel_futures=True)
-    for process in running:
-        process.kill()
+            tuning.stop(self._pool)

@@ -8,11 +8,15 @@ it up while Dynamo, Inductor or Triton compile.
 
 from __future__ import annotations
 
+import fcntl
 import multiprocessing
 import os
+import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,11 +24,33 @@ import torch
 LEAST_MS = 5e-3  # kernels below are mostly launch: no block size makes up for that
 
 
+class FileLock:
+    """A lock between processes that ends with the process that holds it, however that ends."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        """A new lock; or, in another process, that of a path."""
+        self.path = path or Path(tempfile.mkstemp(prefix="sitfast-gpu-", suffix=".lock")[1])
+        self._file: int | None = None
+
+    def acquire(self) -> None:
+        file = os.open(self.path, os.O_RDWR | os.O_CREAT)
+        fcntl.flock(file, fcntl.LOCK_EX)
+        self._file = file
+
+    def release(self) -> None:
+        assert self._file is not None
+        os.close(self._file)
+        self._file = None
+
+    def __reduce__(self) -> tuple:
+        return FileLock, (self.path,)
+
+
 class Turn:
     """The GPU, for one process at a time: held inside `with turn`, given up while anything compiles."""
 
     def __init__(self, lock: Any) -> None:
-        self._lock, self._held, self._depth = lock, False, 0
+        self._lock, self._held, self._away, self._depth = lock, False, False, 0
 
     def __enter__(self) -> Turn:
         self._lock.acquire()
@@ -37,19 +63,22 @@ class Turn:
 
     def begin_compiling(self, *_: object) -> None:
         self._depth += 1
-        if self._held and self._depth == 1:
+        if self._held and self._depth == 1 and not _capturing():
+            self._away = True
             self._leave()
 
     def end_compiling(self, *_: object) -> None:
         self._depth -= 1
-        if self._held and self._depth == 0:
+        if self._away and self._depth == 0:
+            self._away = False
             self._lock.acquire()
 
     def _leave(self) -> None:
-        """What was queued is done before anyone else begins."""
+        """What was queued is done, and memory that is not used given back, before anyone else begins."""
         try:
             if torch.cuda.is_initialized():
                 torch.cuda.synchronize()
+                torch.cuda.empty_cache()
         finally:
             self._lock.release()
 
@@ -64,10 +93,15 @@ class Turn:
         return compile
 
 
-_turn = Turn(multiprocessing.Lock())  # of a process that works alone
+def _capturing() -> bool:
+    """Whether a CUDA graph is being recorded, when nothing may wait."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
-def take_turns(lock: Any) -> None:
+_turn = Turn(threading.Lock())  # of a process that works alone
+
+
+def take_turns(lock: FileLock) -> None:
     """In a new process: `call` holds this lock, and compilers give it up."""
     global _turn
     import torch._inductor.config
@@ -123,21 +157,28 @@ def share_of_kernels(index: int, count: int) -> Iterator[None]:
         CachingAutotuner.coordinate_descent_tuning = tune
 
 
-def processes(count: int | None = None) -> ProcessPoolExecutor:
-    """Processes that take turns on the GPU, for tasks `call`; two fewer than cores, or as many as asked for."""
+def processes(count: int | None = None, lock: FileLock | None = None) -> ProcessPoolExecutor:
+    """Processes that take turns on the GPU, for tasks `call`; two fewer than cores, or as many as asked for.
+
+    Those with the same lock take turns with one another.
+    """
     context = multiprocessing.get_context("spawn")
     most = max(1, (os.cpu_count() or 2) - 2)
-    return ProcessPoolExecutor(min(count or most, most), context, take_turns, (context.Lock(),))
+    return ProcessPoolExecutor(min(count or most, most), context, take_turns, (lock or FileLock(),))
+
+
+def stop(pool: ProcessPoolExecutor) -> None:
+    """End the processes of a pool, whatever they do."""
+    running = list((pool._processes or {}).values())  # `kill_workers` only came with Python 3.14
+    for process in running:
+        process.kill()
+    pool.shutdown(wait=True, cancel_futures=True)
 
 
 def call(function: Callable[..., Any], *args: Any) -> Any:
     """The function's result, computed while this process has its turn."""
     with _turn:
-        try:
-            return function(*args)
-        finally:
-            if torch.cuda.is_initialized():
-                torch.cuda.empty_cache()
+        return function(*args)
 
 
 def num_timed() -> int:

@@ -1,15 +1,22 @@
 import copy
 import json
+import pickle
+import subprocess
+import sys
+import threading
 import time
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import gpu_parity, harness, record, results, runs, tuning
-from sitfast.model import build_model
+from benchmarks import bench_end_to_end, bench_step, gpu_parity, harness, plain, record, results, runs, tuning
+from sitfast.model import SiT, build_model, forward_macs
+
+ROOT = Path(__file__).parents[1]
 
 
 def case(function):
@@ -178,6 +185,31 @@ def test_a_process_has_the_gpu_but_while_it_compiles():
     assert not lock.held
 
 
+def test_nothing_is_given_up_while_a_graph_is_recorded(monkeypatch):
+    lock = Lock()
+    turn = tuning.Turn(lock)
+    monkeypatch.setattr(tuning, "_capturing", lambda: True)
+    with turn:
+        turn.while_compiling(lambda: lock.held or pytest.fail())()
+        assert lock.held
+
+
+def test_a_lock_ends_with_its_process(tmp_path):
+    lock = tuning.FileLock(tmp_path / "lock")
+    take = "import os, pickle, sys; pickle.load(sys.stdin.buffer).acquire(); os._exit(0)"
+    subprocess.run([sys.executable, "-c", take], input=pickle.dumps(lock), check=True, cwd=ROOT)
+    lock.acquire()
+    other = tuning.FileLock(lock.path)
+    free = threading.Event()
+    waiting = threading.Thread(target=lambda: (other.acquire(), free.set()))
+    waiting.start()
+    assert not free.wait(0.05)
+    lock.release()
+    assert free.wait(10)
+    waiting.join()
+    other.release()
+
+
 def test_short_kernels_are_not_tuned_and_not_asked_for_again(monkeypatch):
     tuner = pytest.importorskip("torch._inductor.runtime.triton_heuristics").CachingAutotuner
     monkeypatch.setattr(tuner, "coordinate_descent_tuning", lambda self, launcher: "tuned")
@@ -249,7 +281,7 @@ def test_a_record_is_whole_after_each_result(tmp_path):
     for width in (384, 768):
         kept.add(entry(width, "forward"))
         written = json.loads((tmp_path / "new" / "run.json").read_text())
-        assert written["benchmarks"][-1] == entry(width, "forward")
+        assert written == kept.content
     page = results.page([written])
     assert len(rows(page)) == 2
     assert "- commit: abc\n" in page
@@ -411,3 +443,170 @@ def test_one_step_far_off_fails():
     for i in range(2):
         spiked[f"kernels {i}"][50] += 0.02
     assert not gpu_parity.verdict(spiked)[0]
+
+
+# ---- whole steps -----------------------------------------------------------------------------------------------------
+
+TINY = {"hidden_size": 24, "depth": 2, "num_heads": 3, "patch_size": 2, "input_size": 8}
+
+
+def test_the_plain_network_is_the_same_function():
+    torch.manual_seed(0)
+    ours, theirs = build_model(None, **TINY).double(), plain.PlainSiT(**TINY).double()
+    plain.random_weights(ours)
+    assert all(p.ne(0).all() for name, p in ours.named_parameters() if name != "pos_embed")
+    theirs.load_state_dict(ours.state_dict())
+    x, t, y = torch.randn(2, 4, 8, 8).double(), torch.rand(2), torch.tensor([1, 1000])
+    assert torch.allclose(ours(x, t, y), theirs(x, t, y), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_plain_step_clips_updates_and_averages(fused):
+    weight = torch.nn.Linear(1, 1, bias=False)
+    model = torch.nn.Module()
+    model.linear = weight
+    model.forward = lambda x, t, y: 1000 * x * weight.weight
+    before = weight.weight.item()
+    training = plain.Training(
+        model, torch.randn(4, 1, 2, 2), torch.arange(4), dtype=torch.float32, autocast=False, fused=fused
+    )
+    training.optimizer = torch.optim.SGD(model.parameters(), lr=1.0)  # the step is the gradient
+    training.step()
+    moved = weight.weight.item() - before
+    assert abs(moved) == pytest.approx(1.0, rel=1e-3) if fused else abs(moved) > 10
+    assert training.average.averages[0].item() - before == pytest.approx(1e-4 * moved, rel=1e-2)
+    assert weight.weight.grad is None
+
+
+def test_averages_of_bf16_weights_are_fp32():
+    p = torch.nn.Parameter(torch.ones(8, dtype=torch.bfloat16))
+    average = plain.Averaging([p], fused=True)
+    with torch.no_grad():
+        p.zero_()
+    for _ in range(3):
+        average()
+    assert average.averages[0].dtype == torch.float32
+    assert average.averages[0][0].item() == pytest.approx(plain.DECAY**3, rel=1e-6)
+
+
+def step_case(method, model="S/2"):
+    return bench_step.Case(model, 256, method, batch=4, steps=3)
+
+
+@pytest.mark.parametrize("method", ["shipped", "eager", "bf16", "sitfast"])
+def test_a_measured_step_has_the_columns_of_the_page(method, monkeypatch):
+    monkeypatch.setattr(bench_step, "BACKEND", "eager")
+    monkeypatch.setattr(SiT, "initialize_weights", SiT.initialize_weights)  # the case sets others
+    monkeypatch.setattr("sitfast.data.build_source", None)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
+    result = bench_step.measure(step_case(method))
+    assert len(result["times_ms"]) == 3
+    assert result["images_per_s"] == pytest.approx(4e3 / sorted(result["times_ms"])[1])
+    assert result["ms_extremes"] == [min(result["times_ms"]), max(result["times_ms"])]
+    page = results.page([run({"extra_info": result})])
+    assert f"| {result['title']} | 4 |" in page
+    assert "### SiT-S/2, 256 px" in page
+
+
+def test_a_batch_that_does_not_fit_is_halved(monkeypatch):
+    tried = []
+
+    def measure(case):
+        tried.append(case.batch)
+        if case.batch > limit:
+            raise torch.OutOfMemoryError
+        return case.batch
+
+    monkeypatch.setattr(bench_step, "_measure", measure)
+    limit = 1
+    assert bench_step.measure(step_case("eager")) == 1
+    assert tried == [4, 2, 1]
+    limit = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        bench_step.measure(step_case("eager"))
+
+
+def test_mfu_and_batches_count_what_they_say(monkeypatch):
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
+    monkeypatch.setattr(bench_step.metrics, "peak_flops", lambda name: 1e12)
+    monkeypatch.setattr(bench_step, "step_times", lambda step, count: [2.0] * count)
+    result = bench_step.measure(step_case("eager"))
+    with torch.device("meta"):
+        macs = forward_macs(build_model(None, **step_case("eager").sizes(None)))
+    assert result["mfu"] == pytest.approx(6 * macs * (4 / 2e-3) / 1e12)
+    assert bench_step.batch_of("XL/2", 512, bench_step.batches("XL/2=96,S/2=8")) == 24
+
+
+def test_steps_of_a_model_are_ready_before_one_is_measured(monkeypatch):
+    """Pools are fakes that do at once what they are asked for."""
+    log, stopped = [], []
+
+    class Pool:
+        def submit(self, call, function, case):
+            future = Future()
+            log.append((function.__name__, case.method, case.model))
+            if case.method == "eager" and function is bench_step.measure:
+                future.set_exception(RuntimeError("broken"))
+            elif case.method != "hangs":
+                future.set_result(case.method)
+            return future
+
+    monkeypatch.setattr(tuning, "processes", lambda count, lock: Pool())
+    monkeypatch.setattr(tuning, "stop", stopped.append)
+    cases = [step_case("shipped"), step_case("eager"), step_case("hangs"), step_case("shipped", "B/2")]
+    steps = bench_step.Steps(cases, case_s=0.05, deadline_s=time.monotonic() + 60)
+    assert steps.result(cases[0]) == "shipped"
+    assert [entry[0] for entry in log] == ["prepare"] * 3 + ["measure"]
+    with pytest.raises(RuntimeError, match="broken"):
+        steps.result(cases[1])
+    with pytest.raises(runs.TimeIsOver, match="not done in time"):
+        steps.result(cases[2])
+    assert steps.result(cases[3]) == "shipped"
+    assert log[-2:] == [("prepare", "shipped", "B/2"), ("measure", "shipped", "B/2")]
+    assert len(stopped) == 4
+    steps.close()
+
+
+def step_result(method, rate, **columns):
+    return {
+        "extra_info": {
+            "kind": "step", "model": "SiT-XL/2", "pixels": 256, "method": method, "title": f"by {method}", "B": 128,
+            "ms": 1e3 * 128 / rate, "ms_quartiles": [1.0, 2.0], "images_per_s": rate, "mfu": 0.5, "peak_gib": 40.04,
+            "note": "a note", **columns,
+        }
+    }  # fmt: skip
+
+
+def test_page_and_plot_of_whole_steps(tmp_path):
+    twice = run(step_result("compiled", 400.0), step_result("sitfast", 600.0), step_result("compiled", 500.0))
+    end = {"kind": "end to end", "model": "SiT-XL/2", "pixels": 256, "B": 128}
+    step = {"extra_info": {**end, "run": "step", "images_per_s": 600.0, "data_wait": None}}
+    jpeg = {"extra_info": {**end, "run": "jpeg", "images_per_s": 540.0, "data_wait": 0.08}}
+    both = [twice, run(step, jpeg, WINS)]
+    page = results.page(both)
+    assert "| by compiled | 128 | 256.0 (1.0 to 2.0) | 500.0 | 50.0% | 40.0 | 1.20 |" in page
+    assert "| by sitfast | 128 | 213.3 (1.0 to 2.0) | 600.0 | 50.0% | 40.0 |  |" in page
+    assert "- a note: by compiled." in page
+    assert "| SiT-XL/2, 256 px, jpeg | 128 | 540.0 | 8.0% | 90.0% |" in page
+    assert len(rows(page)) == 1
+    assert results.plot(both, tmp_path / "docs" / "plot.png")
+    assert (tmp_path / "docs" / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert not results.plot([run(WINS)], tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_end_to_end_reads_what_a_run_writes(tmp_path, monkeypatch):
+    """The run is a script that writes metrics, the last line torn, and would go on for ever."""
+    metrics = tmp_path / "metrics.jsonl"
+    text = "".join(json.dumps({"kind": kind, "images_per_s": rate}) + "\n" for kind, rate in
+                   [("train", 1.0), ("val", 2.0), ("train", 3.0)])  # fmt: skip
+    script = "import sys, time; open(sys.argv[1], 'w').write(sys.argv[2]); print('the last word', flush=True)"
+    monkeypatch.setattr(bench_end_to_end, "TRAIN", [sys.executable, "-c", f"{script}; time.sleep(60)"])
+    watched = [str(metrics), text + '{"kind": "train", "imag']
+    start = time.monotonic()
+    lines = bench_end_to_end.watch(watched, metrics, count=2, seconds=30)
+    assert [line["images_per_s"] for line in lines] == [1.0, 3.0]
+    assert time.monotonic() - start < 20
+    monkeypatch.setattr(bench_end_to_end, "TRAIN", [sys.executable, "-c", f"{script}; sys.exit(3)"])
+    with pytest.raises(RuntimeError, match="2 of 3 lines .* exit status 3: the last word"):
+        bench_end_to_end.watch(watched, metrics, count=3, seconds=30)
