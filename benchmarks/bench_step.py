@@ -70,7 +70,7 @@ class Method:
 
 
 _BF16: dict[str, Any] = {"dtype": torch.bfloat16, "autocast": False}
-_GRAPHS, _TUNED = {"triton.cudagraphs": True}, {"coordinate_descent_tuning": True}
+_GRAPHS, _TUNED = {"triton.cudagraphs": True}, tuning.TUNED
 METHODS = {
     "shipped": Method("eager, TF32, as shipped", autocast=False, fused=False),
     "eager": Method("eager, bf16 autocast"),
@@ -157,7 +157,6 @@ def sitfast_training(case: Case, depth: int | None) -> Iterator[tuple[Step, str]
             "data.batch_size": case.batch, "data.num_workers": 0, "data.flip": "false", "vae.id": "null",
             "model.preset": f"SiT-{case.model}", "optim.clip_norm": plain.CLIP_NORM, "ema.decays": [plain.DECAY],
             "train.steps": 1_000_000, "log.every": 1_000_000, "log.tensorboard": "false",
-            "checkpoint.background": "false",  # no pinned memory is set aside for a checkpoint that never comes
             **{f"model.{name}": value for name, value in TINY.items()},
             **({"model.depth": depth} if depth else {}), **({} if GPU else {"train.precision": "fp32"}),
         }  # fmt: skip
@@ -392,7 +391,7 @@ class Steps:
         except TimeIsOver:
             raise TimeIsOver("not done in time") from None
         finally:
-            tuning.stop(pool)
+            tuning.stop(pool, patience_s=5.0)
 
     def _limit(self) -> float:
         return max(0.0, min(self._case_s, self._deadline - time.monotonic()))
@@ -446,7 +445,11 @@ def main() -> None:
     parser.add_argument(
         "--case-seconds", type=float, default=120, help="to compile one model's cases, and to measure one"
     )
-    parser.add_argument("--overlap", action="store_true", help="compile the next model while this one is measured")
+    parser.add_argument(
+        "--overlap",
+        action="store_true",
+        help="compile the next model while this one is measured, which takes memory and keeps the host busy",
+    )
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="results as they come")
     parser.add_argument("--commit", default="", help="the commit that runs, where there is no repository to ask")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="of sitfast's config")

@@ -129,7 +129,7 @@ def bench(
         )
         recorded.add({"extra_info": dict(info)})
         against = [f"{info[key]:.2f} x {key[2:]}" for key in ("x_eager", "x_compile") if key in info]
-        against += [f"{name} {times}" for name, times in info["rivals"].items()]
+        against += [f"{name} {times}" for name, times in (info["rivals"] | info.get("faults", {})).items()]
         say(
             f"{info['kernel']} {direction}, D = {info['D']}, N = {info['N']}: {1e6 * median:.1f} us, "
             f"{info['percent_of_ceiling']:.0f} %, {', '.join(against)}"

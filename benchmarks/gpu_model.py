@@ -59,9 +59,7 @@ class Case:
         return f"{self.name}, {'bf16 autocast, fp32 weights' if self.autocast else 'bf16 weights'}"
 
 
-# Without the launcher in C++, which bundles kernels with the cached graph and takes them from there as they were before
-# they were tuned, where their heuristics had one setting only (torch 2.11). The device is busy longer than the host.
-TUNED = {"coordinate_descent_tuning": True, "use_static_cuda_launcher": False} if GPU else {}
+TUNED = tuning.TUNED if GPU else {}
 CASES = [
     Case("kernels", True, False),
     Case("kernels", True, True),

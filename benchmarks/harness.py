@@ -266,8 +266,11 @@ def compare(case: Case, directions: Sequence[Direction], wanted: Sequence[str]) 
         samples = measure(case.function, case, direction, timer)
         median = statistics.median(samples)
 
-        def times(function: Function, direction: Direction = direction, median: float = median) -> float:
-            return statistics.median(measure(function, case, direction, timer)) / median
+        def times(function: Function, direction: Direction = direction, median: float = median) -> float | str:
+            try:
+                return statistics.median(measure(function, case, direction, timer)) / median
+            except RuntimeError as error:
+                return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
         num_samples, tokens = batch(case.tokens)
         info: dict[str, Any] = {
@@ -278,8 +281,11 @@ def compare(case: Case, directions: Sequence[Direction], wanted: Sequence[str]) 
             "B": num_samples,
             "median_us": 1e6 * median,
             "note": case.note,
+            "faults": {},  # baselines that could not be timed, and why
         }
-        info |= {f"x_{name}": times(function) for name, function in others.items()}
+        for name, function in others.items():
+            result = times(function)
+            info |= {"faults": {**info["faults"], name: result}} if isinstance(result, str) else {f"x_{name}": result}
         info["rivals"] = {name: faults[name] or times(rival.function) for name, rival in rivals.items()}
         info["variants"] = tuning.num_timed()
         results[direction] = Outcome(samples, case.forward if direction == "forward" else case.backward, info)

@@ -61,7 +61,7 @@ def _notes(infos: Infos) -> list[str]:
         where = f"{info['direction']} at D = {info['D']}, N = {info['N']}"
         if info.get("note"):
             notes[f"Not the default: {info['note']}"].append(where)
-        for name, outcome in info["rivals"].items():
+        for name, outcome in (info["rivals"] | info.get("faults", {})).items():
             if isinstance(outcome, str):
                 notes[f"{name}: {outcome}"].append(where)
     return [f"- {text}: {'; '.join(where)}." for text, where in notes.items()]
@@ -94,8 +94,9 @@ def _steps(steps: Infos) -> list[str]:
         "",
         "## Whole training steps",
         "",
-        "Latents on the device to averaged weights, see `bench_step.py`; medians (and quartiles) of single steps. “×” is our",
-        "images/s over the other's: above 1 we are faster. MFU counts 6 FLOPs for each multiply-accumulate of a forward pass.",
+        "Latents on the device to averaged weights, see `bench_step.py`; medians (and quartiles) of single steps. “×” is",
+        "our images/s over the other's: above 1 we are faster. MFU counts 6 FLOPs for each multiply-accumulate of a forward",
+        "pass.",
     ]
     for (model, pixels), infos in _by_model(steps).items():
         ours = next((info for info in infos if info["method"] == OURS), None)

@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -21,6 +22,10 @@ from typing import Any
 
 import torch
 
+# Options of torch.compile for tuning in one process what another runs. Without the launcher in C++, which bundles kernels
+# with the cached graph and takes them from there as they were before, where their heuristics had one setting only (torch
+# 2.11); Python launches take the host longer.
+TUNED: dict[str, Any] = {"coordinate_descent_tuning": True, "use_static_cuda_launcher": False}
 LEAST_MS = 5e-3  # kernels below are mostly launch: no block size makes up for that
 
 
@@ -116,8 +121,11 @@ def take_turns(lock: FileLock) -> None:
         import triton
     except ImportError:
         return
-    # Inductor calls the first; Triton's and Gluon's JIT import the second when they compile.
-    triton.compile = triton.compiler.compile = _turn.while_compiling(triton.compile)
+    from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+
+    # Inductor, which calls triton.compile, has work of its own around it; Triton's and Gluon's JIT import the other.
+    CachingAutotuner._precompile_config = _turn.while_compiling(CachingAutotuner._precompile_config)
+    triton.compiler.compile = _turn.while_compiling(triton.compiler.compile)
     skip_short_kernels()
 
 
@@ -167,12 +175,16 @@ def processes(count: int | None = None, lock: FileLock | None = None) -> Process
     return ProcessPoolExecutor(min(count or most, most), context, take_turns, (lock or FileLock(),))
 
 
-def stop(pool: ProcessPoolExecutor) -> None:
-    """End the processes of a pool, whatever they do."""
+def stop(pool: ProcessPoolExecutor, *, patience_s: float = 0.0) -> None:
+    """End the processes of a pool, whatever they do; those with nothing to do may tidy up first, if that is quick."""
     running = list((pool._processes or {}).values())  # `kill_workers` only came with Python 3.14
+    pool.shutdown(wait=False, cancel_futures=True)
+    end = time.monotonic() + patience_s
     for process in running:
+        process.join(max(0.0, end - time.monotonic()))
         process.kill()
-    pool.shutdown(wait=True, cancel_futures=True)
+    for process in running:
+        process.join()
 
 
 def call(function: Callable[..., Any], *args: Any) -> Any:

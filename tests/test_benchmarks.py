@@ -242,10 +242,23 @@ def test_runs_in_this_process_until_the_time_is_over():
     assert outcome["backward"].work.flops == 4_000
     assert outcome["backward"].info["x_eager"] > 0
     assert "x_compile" not in outcome["backward"].info
+    assert outcome["backward"].info["faults"] == {}
     assert in_time.outcomes(task("error")) == "ValueError: no such thing"
     late = runs.Runs(tasks, [], processes=0, deadline_s=time.monotonic() - 1)
     with pytest.raises(runs.TimeIsOver):
         late.outcomes(task("square"))
+
+
+def test_a_baseline_that_fails_does_not_take_the_kernel_with_it(monkeypatch):
+    def broken(*_):
+        raise RuntimeError("no such\n device")
+
+    monkeypatch.setattr(harness, "compiled", lambda function: broken)
+    info = harness.compare(case(lambda x: x * x), ["forward"], ["eager", "compile"])["forward"].info
+    assert info["faults"] == {"compile": "RuntimeError: no such device"}
+    assert info["x_eager"] > 0
+    page = results.page([run(entry(8, "forward", faults=info["faults"]))])
+    assert "- compile: RuntimeError: no such device: forward at D = 8, N = 256." in page
 
 
 @pytest.mark.parametrize("deaths, works", [(1, True), (runs.MAX_RESTARTS + 1, False)])
@@ -552,7 +565,7 @@ def test_steps_of_a_model_are_ready_before_one_is_measured(monkeypatch):
             return future
 
     monkeypatch.setattr(tuning, "processes", lambda count, lock: Pool())
-    monkeypatch.setattr(tuning, "stop", stopped.append)
+    monkeypatch.setattr(tuning, "stop", lambda pool, patience_s: stopped.append(pool))
     cases = [step_case("shipped"), step_case("eager"), step_case("hangs"), step_case("shipped", "B/2")]
     steps = bench_step.Steps(cases, case_s=0.05, deadline_s=time.monotonic() + 60)
     assert steps.result(cases[0]) == "shipped"
