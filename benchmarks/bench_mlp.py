@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.harness import GPU, TOKENS, Case, Direction, Rival, Work, batch, draw, shapes
 from sitfast.kernels.dispatch import choose
-from sitfast.kernels.mlp import REFERENCE_WIDTH, fused, reference
+from sitfast.kernels.mlp import LEAST_WIDTH, fused, reference
 
 
 def rivals() -> dict[str, Rival]:
@@ -54,7 +54,7 @@ def case(width: int, tokens: int) -> Case:
         forward=Work(bytes=(2 * rows * width + rows * hidden + 2 * width * hidden) * size, flops=2 * gemm),
         backward=Work(bytes=(3 * rows * width + rows * hidden + 4 * width * hidden) * size, flops=4 * gemm),
         rivals=rivals(),
-        note="`mlp` runs PyTorch here" if width <= REFERENCE_WIDTH else None,
+        note="`mlp` runs PyTorch here" if width < LEAST_WIDTH else None,
     )
 
 

@@ -81,8 +81,8 @@ class Operands:
         self.skip = torch.zeros((), device=DEVICE)
         self.count = sum(p.numel() for p in self.params)
 
-    def update(self) -> None:
-        norm = gradient_norm(self.grads)
+    def update(self, norm: Tensor | None = None) -> None:
+        norm = gradient_norm(self.grads) if norm is None else norm
         divisor = ((norm + 1e-6) / 1.0).clamp(min=1.0)
         positional = self.params, self.grads, self.m, self.v, self.steps
         adamw_ema(

@@ -9,9 +9,7 @@ PyTorch's handle is used (a cublasHandle_t is a valid cublasLtHandle_t).
 
 cuBLAS takes the first algorithm that its heuristic names. `matmul` times eight, once for a shape, on random data of that
 shape; one counts only if its result is bit for bit that of the first, so the choice moves time and nothing else. For
-32768 rows on an H100 in bf16 it gains 6 % at 1152 x 3456 and 13 % at 1152 x 1152; docs/kernels.md has the table. A product
-x w is also tried as x (wᵀ)ᵀ with a transposed copy of w made each time: the weights are small beside the rows, and the
-library's kernels for that layout are better for some shapes.
+32768 rows on an H100 in bf16 it gains 6 % at 1152 x 3456 and 13 % at 1152 x 1152; docs/kernels.md has the table.
 
 The epilogues of the backward pass lost and are not here: one H100, bf16, 32768 x 1152 x 4608, DGELU_BGRAD 1.65 ms (a
 plain GEMM and a pointwise pass 0.83), BGRADB on the weight gradients 0.54 and 0.66 (plain 0.50 and 0.57).
@@ -25,7 +23,7 @@ from __future__ import annotations
 import ctypes
 import statistics
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Literal
@@ -45,7 +43,6 @@ _GAIN = 0.98  # of the first one's time: less is noise
 
 Form = Literal["nt", "nn"]  # x [M, K] with w [N, K], or with w [K, N]
 Epilogue = Literal["none", "bias", "gelu_aux_bias"]
-How = Literal["as it lies", "transposed"]  # w, of a product x w
 
 
 class CublasLtError(RuntimeError):
@@ -67,7 +64,7 @@ class _Heuristic(ctypes.Structure):
 
 
 _verdicts: dict[tuple[torch.device, torch.dtype, int, int, int], bool] = {}  # of `works`
-_tuned: dict[tuple, How | None] = {}  # of `_how`
+_tuned: dict[tuple, bool] = {}  # of `multiplies`
 
 _ONE, _ZERO = ctypes.c_float(1), ctypes.c_float(0)
 
@@ -226,15 +223,8 @@ def gelu_aux_bias(x: Tensor, w1: Tensor, b1: Tensor) -> tuple[Tensor, Tensor]:
 
 def matmul(x: Tensor, w: Tensor, bias: Tensor | None = None, *, form: Form) -> Tensor:
     """x wᵀ (+ bias [N]) for w [N, K], x w for w [K, N], of contiguous x [M, K]; by PyTorch where cuBLASLt may not run."""
-    how = _how(x, w, bias, form)
-    if how is None:
+    if not multiplies(x, w, bias, form):
         return torch_matmul(x, w, bias, form=form)
-    return _multiply(x, w, bias, form, how)
-
-
-def _multiply(x: Tensor, w: Tensor, bias: Tensor | None, form: Form, how: How) -> Tensor:
-    if how == "transposed":
-        w, form = w.t().contiguous(), "nt"
     out = torch.empty((x.shape[0], w.shape[0 if form == "nt" else 1]), dtype=x.dtype, device=x.device)
     _plan_of(x, w, form, "none" if bias is None else "bias", out, bias).run(w, x, out, bias)
     return out
@@ -250,44 +240,12 @@ def multiplies(x: Tensor, w: Tensor, bias: Tensor | None, form: Form) -> bool:
 
     A shape first met while a CUDA graph is captured cannot be tested there, and is refused for that call.
     """
-    return _how(x, w, bias, form) is not None
-
-
-def _how(x: Tensor, w: Tensor, bias: Tensor | None, form: Form) -> How | None:
     if x.device.type != "cuda" or x.dtype not in _DATA_TYPES or x.numel() == 0 or any(n % 8 for n in w.shape):
-        return None
+        return False
     key = (x.device, x.dtype, *x.shape, *w.shape, bias is not None, form)
     if key not in _tuned and not torch.cuda.is_current_stream_capturing():
-        _tuned[key] = _choose_how(x, w, bias is not None, form)
-    return _tuned.get(key)
-
-
-def _choose_how(x: Tensor, w: Tensor, with_bias: bool, form: Form) -> How | None:
-    if not _tune(x, w, with_bias, form):
-        return None
-    if form == "nt" or not _tune(x, w.t().contiguous(), with_bias, "nt"):
-        return "as it lies"
-    generator = torch.Generator(x.device).manual_seed(0)
-    x, w = (torch.randn(v.shape, generator=generator, device=x.device).to(x.dtype) for v in (x, w))
-    bias = w[0].clone() if with_bias else None
-    hows: tuple[How, ...] = ("as it lies", "transposed")
-    results = [_multiply(x, w, bias, form, how) for how in hows]
-    if not torch.equal(*results):
-        return "as it lies"
-    straight, turned = _in_turn([lambda how=how: _multiply(x, w, bias, form, how) for how in hows])
-    return "transposed" if turned < _GAIN * straight else "as it lies"
-
-
-def _in_turn(runs: Sequence[Callable[[], object]]) -> list[float]:
-    """Median ms of each: in turn and without a pause, since the clock falls under load."""
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(len(runs) + 1)] for _ in range(_ROUNDS)]
-    for marks in events:
-        marks[0].record()
-        for run, mark in zip(runs, marks[1:], strict=True):
-            run()
-            mark.record()
-    torch.cuda.synchronize()
-    return [statistics.median(marks[i].elapsed_time(marks[i + 1]) for marks in events) for i in range(len(runs))]
+        _tuned[key] = _tune(x, w, bias is not None, form)
+    return _tuned.get(key, False)
 
 
 def _tune(x: Tensor, w: Tensor, with_bias: bool, form: Form) -> bool:
@@ -321,12 +279,18 @@ def _tune(x: Tensor, w: Tensor, with_bias: bool, form: Form) -> bool:
             same.append(index)
     if 0 not in same:
         return False
-
-    def attempt(index: int) -> None:
-        tuned.chosen = index
-        tuned.run(w, x, other, bias)
-
-    times = dict(zip(same, _in_turn([lambda index=index: attempt(index) for index in same]), strict=True))
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(len(same) + 1)] for _ in range(_ROUNDS)]
+    for marks in events:  # in turn and without a pause, since the clock falls under load
+        marks[0].record()
+        for index, mark in zip(same, marks[1:], strict=True):
+            tuned.chosen = index
+            tuned.run(w, x, other, bias)
+            mark.record()
+    torch.cuda.synchronize()
+    times = {
+        index: statistics.median(marks[i].elapsed_time(marks[i + 1]) for marks in events)
+        for i, index in enumerate(same)
+    }
     best = min(same, key=times.__getitem__)
     tuned.chosen = best if times[best] < _GAIN * times[0] else 0
     return True
