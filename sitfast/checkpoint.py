@@ -199,11 +199,18 @@ class Saver:
         size = sum(map(_padded, mine))
         if self._memory.numel() >= size:
             return
-        self._memory = torch.empty(size, dtype=torch.uint8)
-        if mine[0].is_cuda:  # fixed in its place, so that the GPU copies at the speed of the bus
-            runtime: Any = torch.cuda.cudart()
-            torch.cuda.check_error(int(runtime.cudaHostRegister(self._memory.data_ptr(), size, 0)))
-            weakref.finalize(self, runtime.cudaHostUnregister, self._memory.data_ptr()).atexit = False
+        try:
+            self._memory = torch.empty(size, dtype=torch.uint8)
+            if mine[0].is_cuda:  # fixed in its place, so that the GPU copies at the speed of the bus
+                runtime: Any = torch.cuda.cudart()
+                torch.cuda.check_error(int(runtime.cudaHostRegister(self._memory.data_ptr(), size, 0)))
+                weakref.finalize(self, runtime.cudaHostUnregister, self._memory.data_ptr()).atexit = False
+        except RuntimeError as error:
+            cause = " ".join(str(error).split())
+            raise SitfastError(
+                f"no {size / 2**30:.1f} GiB of host memory for the copy that a checkpoint is written from ({cause});"
+                " a rank needs that much: free some, keep fewer ema.decays, or use more ranks"
+            ) from error
 
     def _mine(self, files: Mapping[str, Mapping[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """What this rank writes: its shard, and of what several ranks hold about the same number of bytes each."""

@@ -50,6 +50,11 @@ from sitfast.watch import Watch
 _KEPT = ("aten.mm.", "aten.addmm.", "aten.bmm.", "aten._scaled_dot_product")
 _KEPT += ("sitfast.linear", "sitfast.attention", "sitfast.mlp")
 
+# DistributedDataParallel sends gradients off in buckets of this size, by default 25 MiB. A compiled block gives all of its
+# gradients at once, 46 MiB of bf16 in SiT-XL/2; a smaller bucket overlaps no better and costs the host another reduction.
+_BUCKET_MIB = 48
+_LEAVE_S = 30  # after an error under NCCL, for the last words; then the system ends the process
+
 T = TypeVar("T")
 
 
@@ -164,7 +169,7 @@ def start(cfg: Config) -> Iterator[World]:
         dist.init_process_group(backend, store=_own_store(), rank=0, world_size=1, timeout=timeout)
         watch = None
     else:
-        watch = _join(backend, rank, size, cfg.parallel.timeout_s)
+        watch = _join(backend, rank, size, cfg.parallel.timeout_s, device)
     world = World(rank, size, device, watch=watch)
     try:
         if backend != "gloo":
@@ -176,18 +181,22 @@ def start(cfg: Config) -> Iterator[World]:
         reason = error if watch is None else watch.judge(error)
         if backend == "gloo":  # with NCCL, leaving waits for collectives that will never end; the process ends instead
             _leave()
+        else:
+            _end_within(_LEAVE_S)
         if reason is error:
             raise
         raise reason from error
     else:
+        if watch is not None:
+            watch.leave()
         _leave()
     finally:
         if watch is not None:
             watch.close()
 
 
-def _join(backend: str, rank: int, size: int, timeout_s: int) -> Watch:
-    """Meet the other ranks where the environment says, and form the default group with them."""
+def _join(backend: str, rank: int, size: int, timeout_s: int, device: torch.device) -> Watch:
+    """Meet the other ranks where the environment says, and form the default group with them; NCCL connects at once."""
     place = f"{os.environ.get('MASTER_ADDR', '(no MASTER_ADDR)')}:{os.environ.get('MASTER_PORT', '(no MASTER_PORT)')}"
     # Collectives between CPUs end first, at timeout_s: their errors reach Python, where NCCL ends the process.
     group_s = timeout_s if backend == "gloo" else timeout_s + 60
@@ -201,7 +210,8 @@ def _join(backend: str, rank: int, size: int, timeout_s: int) -> Watch:
         store = c10d.PrefixStore(assemble(store, rank, size, timeout_s), store)
         watch = Watch(c10d.PrefixStore("watch", store), rank=rank, size=size, timeout_s=timeout_s)
         group_store, timeout = c10d.PrefixStore("group", store), timedelta(seconds=group_s)
-        dist.init_process_group(backend, store=group_store, rank=rank, world_size=size, timeout=timeout)
+        own: dict[str, Any] = {"device_id": device} if backend == "nccl" else {}
+        dist.init_process_group(backend, store=group_store, rank=rank, world_size=size, timeout=timeout, **own)
     except (KeyError, ValueError, RuntimeError) as error:
         cause = str(error).strip().partition("\n")[0]
         raise SitfastError(
@@ -253,6 +263,12 @@ def _leave() -> None:
     dist.destroy_process_group()
 
 
+def _end_within(seconds: int) -> None:
+    """Let the system end this process then: a driver that waits for a broken collective can hold up the way out."""
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(seconds)
+
+
 def _code() -> str:
     """A hash of this package's source: nodes may have different checkouts."""
     files = sorted(Path(__file__).parent.rglob("*.py"))
@@ -261,6 +277,11 @@ def _code() -> str:
 
 def prepare_blocks(blocks: nn.ModuleList, *, activation_checkpoint: str, compiled: bool) -> None:
     """Checkpoint and compile each block in place. Blocks share their code, so the compiler works once for all."""
+    if compiled:
+        import torch._dynamo
+
+        # It would cut the graph of a block where a bucket of DistributedDataParallel is full: the blocks are its parts.
+        torch._dynamo.config.optimize_ddp = False
     for block in blocks:
         if activation_checkpoint != "none":
             block.forward = _recomputed(block.forward, selective=activation_checkpoint == "selective")
@@ -314,7 +335,9 @@ def shard_size(cfg: ParallelConfig, world_size: int) -> int:
 def shard(model: nn.Module, mesh: DeviceMesh, *, reshard_after_forward: bool, dtype: torch.dtype | None) -> None:
     """Shard each block, then what is left, over the mesh, in place; `dtype` is that of gathered weights, None fp32.
 
-    The inputs are not cast: times must stay fp32 until they are sinusoids.
+    A block's weights are asked for before the block in front of it computes, so that they come in time even where the host
+    is not ahead of the GPU; in the backward pass FSDP2 does so itself. The inputs are not cast: times must stay fp32 until
+    they are sinusoids.
     """
     policy = MixedPrecisionPolicy(
         param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None, cast_forward_inputs=False
@@ -323,6 +346,9 @@ def shard(model: nn.Module, mesh: DeviceMesh, *, reshard_after_forward: bool, dt
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
     for module, reshard in _reshard_policy(model, reshard_after_forward):
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+    blocks: Any = model.blocks
+    for module, following in zip([model, *blocks], blocks, strict=False):
+        module.set_modules_to_forward_prefetch([following])  # type: ignore[operator]
 
 
 def _reshard_policy(model: nn.Module, reshard_after_forward: bool) -> Iterator[tuple[Any, bool]]:
@@ -376,7 +402,10 @@ def data_parallel(model: nn.Module, world: World, copy: WorkingCopy | None = Non
     if world.size == 1 or isinstance(model, FSDPModule):
         return network
     ids = [world.device] if world.device.type == "cuda" else None
-    replicated = DistributedDataParallel(network, device_ids=ids, gradient_as_bucket_view=True)
+    replicated = DistributedDataParallel(
+        network, device_ids=ids, gradient_as_bucket_view=True, bucket_cap_mb=_BUCKET_MIB, broadcast_buffers=False
+    )
+    replicated._set_ddp_runtime_logging_sample_rate(2**30)  # its statistics wait for the GPU, every 100 steps by default
     if copy:
         replicated.register_comm_hook(None, copy.reduction(world.size))
     return replicated

@@ -27,8 +27,8 @@ from sitfast.errors import SitfastError
 BEAT_S = 1.0
 _LOOK_S = 2.5  # to tell a beat that has stopped; a failed rank has this long to write down why
 _HANGING_S = 10.0  # without progress before the thread looks after the others, and after it has seen a failure
-_SILENT_S = 15.0  # without a beat before the thread counts a rank as lost; a busy process may miss some
-_SET_UP = "setting up"
+_SILENT_S = 15.0  # without a beat before the thread counts a rank elsewhere as lost; a busy process may miss some
+_SET_UP, _LEFT = "setting up", "left"
 _LOOK_EVERY = 4  # beats between two looks at the others while it hangs
 _BROKEN = ("gloo", "nccl", "connection closed", "connection reset", "timed out waiting", "broken pipe")
 
@@ -57,6 +57,12 @@ class Watch:
     def at(self, step: int, doing: str) -> None:
         """Note that the main thread has come here. Costs nothing: the thread passes it on."""
         self._step, self._doing, self._moved = step, doing, time.monotonic()
+
+    def leave(self) -> None:
+        """Note that this rank is done, all being well: from now on it is not missed, however long others still take."""
+        self._doing = _LEFT
+        with contextlib.suppress(RuntimeError):  # the store may have gone with its keeper, who was done before
+            self._store.set(f"beat/{self.rank}", f"0 {self._step} {_LEFT}")
 
     def close(self) -> None:
         self._end.set()
@@ -93,13 +99,15 @@ class Watch:
             while time.monotonic() < deadline:
                 if store.check(["failed"]):
                     return self._because(store.get("failed").decode())
-                if any(self._is_gone(store, rank) for rank in before if rank != self.rank):
+                if any(self._is_alive(store, rank) is False for rank in before if rank != self.rank):
                     deadline = min(deadline, time.monotonic() + 0.3)  # it may have written down why before it went
                 time.sleep(0.1)
             now = self._read(store)
-            gone = [rank for rank in now if rank != self.rank and self._is_gone(store, rank)]
-            if silent := gone or [r for r in now if r != self.rank and now[r].count == before[r].count]:
-                return self._lost(store, silent[0], now[silent[0]])
+            alive = {rank: self._is_alive(store, rank) for rank in now if rank != self.rank}
+            gone = [rank for rank in alive if alive[rank] is False]
+            silent = [r for r in alive if alive[r] is None and r in before and now[r].count == before[r].count]
+            if lost := gone or silent:
+                return self._lost(store, lost[0], now[lost[0]])
         except RuntimeError:
             return f"{self._stopped()} because rank 0 or torchrun itself was ended first"
         last = min(now, key=lambda rank: (now[rank].step, rank == self.rank))
@@ -111,24 +119,25 @@ class Watch:
         return self._write_down(store, rank, text)
 
     def _read(self, store: Any) -> dict[int, Beat]:
-        """The last beat of each rank that has had one."""
+        """The last beat of each rank that has had one and has not left."""
         keys = {rank: f"beat/{rank}" for rank in range(self.size)}
         if not store.check(list(keys.values())):
             keys = {rank: key for rank, key in keys.items() if store.check([key])}
         parts = (value.decode().split(" ", 2) for value in store.multi_get(list(keys.values())))
-        return {
+        beats = {
             rank: Beat(int(count), int(step), doing) for rank, (count, step, doing) in zip(keys, parts, strict=True)
         }
+        return {rank: beat for rank, beat in beats.items() if beat.doing != _LEFT}
 
-    def _is_gone(self, store: Any, rank: int) -> bool:
-        """Whether the process of a rank on this host has ended; unknown, so no, elsewhere."""
+    def _is_alive(self, store: Any, rank: int) -> bool | None:
+        """Whether the process of a rank runs, however busy it is; None where it is on another host."""
         host, _, pid = store.get(f"who/{rank}").decode().partition(" ")
-        if host != socket.gethostname():
-            return False
+        if host != socket.gethostname() or not Path("/proc/self").exists():
+            return None
         try:
-            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
         except OSError:
-            return Path("/proc/self").exists()
+            return False
 
     def _run(self) -> None:
         count = 0
@@ -159,7 +168,8 @@ class Watch:
         for rank, beat in beats.items():
             if self._changed.get(rank, (-1, 0.0))[0] != beat.count:
                 self._changed[rank] = (beat.count, now)
-            if rank != self.rank and now - self._changed[rank][1] > _SILENT_S:
+            alive = rank == self.rank or self._is_alive(self._beats, rank)
+            if alive is False or (alive is None and now - self._changed[rank][1] > _SILENT_S):
                 return self._lost(self._beats, rank, beat)
         late = now - self._moved > self.timeout_s + _HANGING_S
         return self._reason(self._beats, _LOOK_S) if late else None
