@@ -48,6 +48,7 @@ def alone(tmp_path_factory) -> Path:
     ("size", "settings"),
     [
         (2, ["strategy=ddp", "train.accumulate=2"]),
+        (2, ["strategy=ddp", "train.compile=true"]),
         (1, ["strategy=fsdp"]),
         (2, ["strategy=fsdp", "reshard_after_forward=false"]),
         (4, ["strategy=fsdp"]),
@@ -57,6 +58,7 @@ def alone(tmp_path_factory) -> Path:
     ],
     ids=[
         "ddp2-accumulate",
+        "ddp2-compiled",
         "fsdp1",
         "fsdp2-kept",
         "fsdp4",
@@ -174,6 +176,33 @@ def collectives(overrides: list[str]) -> dict[str, int]:
     return dict(zip(("reduce_scatter", "all_gather", "all_reduce"), counts.values(), strict=True))
 
 
+def graphs_of_blocks(overrides: list[str]) -> int:
+    """How many graphs the compiler gets for three blocks of 4.5 MiB in buckets of 1 MiB."""
+    graphs, original, bucket = [], torch.nn.Module.compile, parallel._BUCKET_MIB
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.nn.Module.compile = lambda self: original(self, backend=backend, fullgraph=True)
+    parallel._BUCKET_MIB = 1
+    try:
+        with parallel.start(config.load(None, overrides)) as world:
+            trainer = Trainer(config.load(None, overrides), world)
+            trainer._begin_window()
+            trainer.train_step()
+            trainer.close()
+        return len(graphs)
+    finally:
+        torch.nn.Module.compile, parallel._BUCKET_MIB = original, bucket
+
+
+def test_buckets_do_not_cut_the_graph_of_a_block(ranks, tmp_path):
+    """One graph for the first block, which has nothing pending, and one that all others share."""
+    run = [*TINY, "model.hidden_size=256", "model.depth=3", "train.compile=true", f"output_dir={tmp_path}"]
+    assert ranks(2, graphs_of_blocks, run) == [2, 2]
+
+
 def test_accumulation_reduces_once_and_the_norm_is_one_number(ranks, tmp_path):
     run = [*TINY, "parallel.strategy=fsdp", "optim.clip_norm=1.0"]
     once = ranks(2, collectives, [*run, f"output_dir={tmp_path / 'a'}"])
@@ -182,6 +211,33 @@ def test_accumulation_reduces_once_and_the_norm_is_one_number(ranks, tmp_path):
         assert answer["reduce_scatter"] == 3  # two blocks and the rest
         assert answer["all_reduce"] == 2  # the norm, and the guard against non-finite values
     assert often[0]["all_gather"] == 4 * once[0]["all_gather"]
+
+
+def order_of_gathering(overrides: list[str]) -> list[str]:
+    """What happens first in a forward pass: blocks that compute, and weights that are asked for."""
+    seen, name = [], "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+    cfg, original = config.load(None, overrides), getattr(dist, name)
+    with parallel.start(cfg) as world:
+        trainer = Trainer(cfg, world)
+        trainer._begin_window()
+        for _ in range(2):
+            trainer.train_step()
+        for i, block in enumerate(trainer.model.blocks):
+            block.attn.register_forward_pre_hook(lambda *_, i=i: seen.append(f"block {i}"))
+        trainer.model.final_layer.register_forward_pre_hook(lambda *_: seen.append("end"))
+        setattr(dist, name, lambda *args, **kwargs: (seen.append("gather"), original(*args, **kwargs))[1])
+        try:
+            trainer.train_step()
+        finally:
+            setattr(dist, name, original)
+            trainer.close()
+    return seen[: seen.index("end")]
+
+
+def test_weights_are_asked_for_one_block_ahead(ranks, tmp_path):
+    run = [*TINY, "parallel.strategy=fsdp", "model.depth=3", f"output_dir={tmp_path}"]
+    want = ["gather", "gather", "gather", "block 0", "gather", "block 1", "block 2"]  # the root's come first
+    assert ranks(2, order_of_gathering, run) == [want, want]
 
 
 def precisions() -> dict[str, set[str]]:

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import socket
+import subprocess
 import time
 
 import pytest
@@ -178,6 +180,49 @@ def test_the_thread_ends_a_rank_whose_main_thread_hangs(alone, monkeypatch):
     assert "rank 1 failed first: killed" in (eye._hanging(12) or "")
     eye.at(9, "training")
     assert eye._hanging(16) is None
+
+
+def test_a_rank_that_is_done_is_not_missed(alone, monkeypatch):
+    """Whoever takes longer at the end (the last image, a slow tracker) hears nothing of the others, and that is well."""
+    now = [100.0]
+    monkeypatch.setattr(watch.time, "monotonic", lambda: now[0])
+    eye, store = alone
+    other = Watch(store, rank=1, size=2, timeout_s=30)
+    other.leave()
+    other._end.set()
+    eye.at(8, "training")
+    for count in (4, 8, 12):
+        now[0] += 12
+        assert eye._hanging(count) is None
+    assert store.get("beat/1").endswith(b"left")
+
+
+def test_a_busy_rank_on_this_host_is_not_taken_for_dead(alone, monkeypatch):
+    """A process that compiles may keep its watch from beating: while it lives, only the time-out counts."""
+    monkeypatch.setattr(watch, "_LOOK_S", 0.2)
+    now = [100.0]
+    eye, store = alone
+    store.set("who/1", f"{socket.gethostname()} {os.getpid()}")
+    store.set("beat/0", "9 8 training")
+    eye.at(8, "training")
+    why = str(eye.judge(RuntimeError("[gloo] timed out waiting for recv")))
+    assert why.endswith(
+        "because rank 1 failed first: no answer within parallel.timeout_s=30; it is in step 9 (training)"
+    )
+    store.delete_key("failed")
+    monkeypatch.setattr(watch.time, "monotonic", lambda: now[0])
+    eye.at(8, "training")
+    assert eye._hanging(4) is None
+    now[0] += 25
+    assert eye._hanging(8) is None
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    store.set("who/1", f"{socket.gethostname()} {gone.pid}")
+    now[0] += 1
+    monkeypatch.undo()
+    monkeypatch.setattr(watch, "_LOOK_S", 0.2)
+    eye._moved -= 60
+    assert "rank 1 failed first: killed" in (eye._hanging(12) or "")
 
 
 def test_kills_are_survived(ranks, tmp_path):
