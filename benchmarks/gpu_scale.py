@@ -12,6 +12,7 @@ it comes and once more at the end, what each way of training reaches:
 Every job (a number of ranks and a strategy) has processes of its own. One that fails or hangs is ended, the end of its log
 printed, and what it still had to do is tried once more; the others do not notice. While a job works, the processes of the
 next one start Python and wait; while one GPU compiles the first job, the last GPU compiles the blocks as `fsdp` has them.
+`ddp-graph` is the same step as a CUDA graph, with what the ranks reduce (`train.cuda_graph=true`).
 
 Without a GPU the model is tiny, the ranks are two processes, and the figures mean nothing.
 """
@@ -46,14 +47,14 @@ from sitfast.trainer import Trainer
 
 GPU = torch.cuda.is_available()
 START = time.monotonic()
-WARM_UP, STEPS, TRACED = (12, 15, 2) if GPU else (2, 2, 1)  # DistributedDataParallel waits for the GPU in its first ten
+WARM_UP, STEPS, TRACED = (14, 15, 2) if GPU else (2, 2, 1)  # DistributedDataParallel waits for the GPU in its first ten
 READY_S, PART_S, SAVE_S = 130, 45, 120  # how long a job may take to its first steps, and for each part
 SIZE = 32 if GPU else 8
 MODEL = ["model.preset=SiT-XL/2"]
 if not GPU:
     MODEL += ["model.hidden_size=32", "model.depth=2", "model.num_heads=2", "train.precision=fp32"]
 # The parts of a job, in order; those after the bar only with --variants.
-PARTS = {"ddp": "ddp | ddp-25MiB", "fsdp": "fsdp-kept fsdp save | fsdp-unfetched"}
+PARTS = {"ddp": "ddp | ddp-25MiB", "fsdp": "fsdp-kept fsdp save | fsdp-unfetched", "ddp graph": "ddp-graph"}
 
 
 @dataclasses.dataclass
@@ -68,7 +69,7 @@ class Job:
 
     @property
     def name(self) -> str:
-        return f"{self.ranks}-{self.strategy}-{self.first_gpu}-{self.attempt}"
+        return f"{self.ranks}-{self.strategy.replace(' ', '-')}-{self.first_gpu}-{self.attempt}"
 
 
 # ---- in a rank -------------------------------------------------------------------------------------------------------
@@ -90,7 +91,9 @@ def settings(job: Job, batch: int, folder: Path) -> list[str]:
     fixed = ["data.source=folder", "data.path=random", f"data.image_size={SIZE}", "data.flip=false", "vae.id=null"]
     fixed += ["data.num_workers=0", "ema.decays=[0.9999, 0.999]", "optim.clip_norm=1.0", "train.steps=100000"]
     fixed += ["log.tensorboard=false", "log.every=100000", f"data.batch_size={batch * job.ranks}", "checkpoint.keep=1"]
-    fixed += [f"output_dir={folder / job.name}", f"parallel.strategy={job.strategy}", "parallel.timeout_s=90"]
+    fixed += [f"output_dir={folder / job.name}", "parallel.timeout_s=90"]
+    strategy, _, graph = job.strategy.partition(" ")
+    fixed += [f"parallel.strategy={strategy}", *(["train.cuda_graph=true"] if graph and GPU else [])]
     return [*fixed, *MODEL]
 
 
@@ -230,7 +233,7 @@ def prepare(trainer: Trainer, part: str) -> None:
         trainer.network = parallel.data_parallel(trainer.model, trainer.world)
         for _ in range(WARM_UP):
             step(trainer)
-    if part.startswith("fsdp"):
+    if part in ("fsdp", "fsdp-kept", "fsdp-unfetched"):
         for module, reshard in parallel._reshard_policy(trainer.model, part != "fsdp-kept"):
             module.set_reshard_after_forward(reshard, recurse=False)
             if part == "fsdp-unfetched":
@@ -388,6 +391,8 @@ class Session:
             running.go()
             following = self.start(jobs[0]) if jobs else following
             left = self.follow(running, helper)
+            if helper:
+                helper.stop()
             helper = None
             if time.monotonic() > self.deadline:
                 for other in [Job("", job.ranks, left), *jobs]:
@@ -491,7 +496,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=128 if GPU else 4, help="images a GPU")
     parser.add_argument("--ranks", type=int, default=torch.cuda.device_count() if GPU else 2, help="default: all GPUs")
-    parser.add_argument("--only", type=lambda text: text.split(","), help="of ddp, fsdp-kept, fsdp, save (on all GPUs)")
+    parser.add_argument("--only", type=lambda text: text.split(","), help="of ddp, fsdp-kept, fsdp, save, ddp-graph")
     parser.add_argument("--variants", action="store_true", help="also buckets of 25 MiB, and fsdp without prefetching")
     parser.add_argument("--seconds", type=float, default=240, help="end after this long with what there is by then")
     parser.add_argument("--output", type=Path, help="a JSON file for the results, written anew after each")
@@ -505,7 +510,7 @@ def main() -> None:
     folder = args.folder or Path(tempfile.mkdtemp(prefix="gpu-scale-"))
     folder.mkdir(parents=True, exist_ok=True)
     session, jobs = Session(args, folder), plan(args.ranks, args.only, args.variants)
-    sharded = any(job.strategy == "fsdp" for job in jobs)
+    sharded = any(job.strategy.startswith("fsdp") for job in jobs)
     beside = Job("fsdp", 1, [], first_gpu=args.ranks - 1) if args.ranks > 1 and sharded else None
     try:
         session.run(jobs, beside)

@@ -7,11 +7,15 @@ A step of SiT-XL/2 is some 800 kernels, and what Python needs to launch them is 
 A replay runs the same kernels on the same memory: its inputs are copied into those of the recording, and the gradients
 lie where they lay. The first micro-batch of a step writes the gradients, the others add to them, so each kind has a
 graph of its own; all share one pool of memory.
+
+What ranks reduce meanwhile is part of the recording (NCCL's kernels are kernels); that takes longer to warm up. Sharded
+weights are not recorded: FSDP2 copies through tables of addresses in host memory, which a replay would read too late.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -19,6 +23,7 @@ from torch import Tensor
 from sitfast.errors import SitfastError
 
 WARM_UP = 3  # steps
+WARM_UP_OF_RANKS = 12  # DistributedDataParallel waits for the GPU in its first ten
 
 
 class Recorded:
@@ -28,8 +33,8 @@ class Recorded:
     that it stays, and is written anew: see `active`. The loss returned is overwritten by the next call.
     """
 
-    def __init__(self, run: Callable[..., Tensor], device: torch.device) -> None:
-        self._run = run
+    def __init__(self, run: Callable[..., Tensor], device: torch.device, *, warm_up: int = WARM_UP) -> None:
+        self._run, self._warm_up = run, warm_up
         self._stream = torch.cuda.Stream(device)  # warming up where it is recorded, autograd stays on one stream
         self._graphs: dict[bool, tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], Tensor]] = {}
         self._steps = 0
@@ -42,8 +47,9 @@ class Recorded:
     def __call__(self, first: bool, *inputs: Tensor) -> Tensor:
         """`first` is true for the first micro-batch of a step."""
         self._steps += first and not self._graphs
-        if self._steps <= WARM_UP:
-            return self._aside(*inputs)
+        if self._steps <= self._warm_up:
+            with self.aside():
+                return self._run(*inputs)
         if first not in self._graphs:
             self._record(first, inputs)
         graph, memory, loss = self._graphs[first]
@@ -57,13 +63,14 @@ class Recorded:
         graph.replay()
         return loss
 
-    def _aside(self, *inputs: Tensor) -> Tensor:
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Inside, work goes to the stream of the recording. What autograd keeps over the steps must be made there."""
         current = torch.cuda.current_stream(self._stream.device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
-            loss = self._run(*inputs)
+            yield
         current.wait_stream(self._stream)
-        return loss
 
     def _record(self, first: bool, inputs: tuple[Tensor, ...]) -> None:
         memory = tuple(value.clone() for value in inputs)

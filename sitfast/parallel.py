@@ -405,7 +405,9 @@ def data_parallel(model: nn.Module, world: World, copy: WorkingCopy | None = Non
     replicated = DistributedDataParallel(
         network, device_ids=ids, gradient_as_bucket_view=True, bucket_cap_mb=_BUCKET_MIB, broadcast_buffers=False
     )
-    replicated._set_ddp_runtime_logging_sample_rate(2**30)  # its statistics wait for the GPU, every 100 steps by default
+    replicated._set_ddp_runtime_logging_sample_rate(
+        2**30
+    )  # its statistics wait for the GPU, every 100 steps by default
     if copy:
         replicated.register_comm_hook(None, copy.reduction(world.size))
     return replicated

@@ -27,7 +27,7 @@ from sitfast.data.loader import Loader, fixed_batches
 from sitfast.data.sampler import held_out
 from sitfast.errors import SitfastError
 from sitfast.evaluate import validation_loss
-from sitfast.graph import Recorded
+from sitfast.graph import WARM_UP, WARM_UP_OF_RANKS, Recorded
 from sitfast.images import replacing, save_grid
 from sitfast.interpolant import Interpolant
 from sitfast.kernels import extension, use_reference
@@ -124,8 +124,10 @@ class Trainer:
             self.saver.reserve(**self._tensors())
         if self.copy:
             self.copy.renew()
-        self.network = parallel.data_parallel(self.model, world, self.copy)
-        self.recorded = Recorded(self._compute, self.device) if self._records() else None
+        warm_up = WARM_UP if world.size == 1 else WARM_UP_OF_RANKS
+        self.recorded = Recorded(self._compute, self.device, warm_up=warm_up) if self._records() else None
+        with self.recorded.aside() if self.recorded else nullcontext():
+            self.network = parallel.data_parallel(self.model, world, self.copy)
         self.loader = Loader(
             source,
             train_rows,
@@ -262,6 +264,8 @@ class Trainer:
         self.profile.close()
         self.loader.close()
         self.logger.close()
+        if self.world.size > 1:
+            self.recorded = None  # NCCL cannot be left before the recordings of its work are gone
 
     def _due(self, every: int) -> bool:
         return every > 0 and (self.step % every == 0 or self.step == self.cfg.train.steps)
@@ -449,14 +453,15 @@ class Trainer:
             self.copy.network.to_empty(device=self.device)
 
     def _records(self) -> bool:
-        """Whether steps become CUDA graphs: `train.cuda_graph`, by default wherever they can."""
-        alone = self.device.type == "cuda" and self.world.size == 1 and self.mesh is None
-        if self.cfg.train.cuda_graph and not alone:
+        """Whether steps become CUDA graphs: `train.cuda_graph`, by default on one GPU without sharding."""
+        asked, whole = self.cfg.train.cuda_graph, self.device.type == "cuda" and self.mesh is None
+        if asked and not (whole and (self.world.size == 1 or self.cfg.train.accumulate == 1)):
             raise SitfastError(
-                f"train.cuda_graph=true needs one GPU without sharding, and this run has {self.world.size} ranks on"
-                f" {self.device.type} with parallel.strategy={self.cfg.parallel.strategy}; leave it null"
+                "train.cuda_graph=true needs GPUs without sharding, and of several ranks train.accumulate=1; this run has"
+                f" {self.world.size} ranks on {self.device.type}, parallel.strategy={self.cfg.parallel.strategy} and"
+                f" train.accumulate={self.cfg.train.accumulate}; leave it null"
             )
-        return alone if self.cfg.train.cuda_graph is None else self.cfg.train.cuda_graph
+        return whole and self.world.size == 1 if asked is None else asked
 
     def _summary(self, num_rows: int, resumed: bool) -> list[tuple[str, str]]:
         cfg, world = self.cfg, self.world

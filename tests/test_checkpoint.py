@@ -297,6 +297,15 @@ def saver(run: Path, **options) -> checkpoint.Saver:
     return checkpoint.Saver(run, keep=0, world=World(0, 1, torch.device("cpu")), **options)
 
 
+def test_too_little_memory_for_the_copy_is_said_at_the_start(tmp_path):
+    saver = checkpoint.Saver(tmp_path, keep=1, world=World(0, 1, torch.device("cpu")))
+    weights = {"weight": torch.empty(2**48, device="meta")}
+    with pytest.raises(
+        SitfastError, match=r"no 1048576\.0 GiB of host memory for the copy that a checkpoint is written from"
+    ):
+        saver.reserve(model=weights, emas={}, optimizer={})
+
+
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
     """What is written is what the tensors were when `save` returned."""
     may_write, writing = threading.Event(), threading.Event()

@@ -62,6 +62,6 @@ def test_a_graph_needs_one_gpu(tiny):
     cfg = config.load(None, [*tiny, "train.cuda_graph=true"])
     with (
         parallel.start(cfg) as world,
-        pytest.raises(SitfastError, match="train.cuda_graph=true needs one GPU .* 1 ranks on cpu"),
+        pytest.raises(SitfastError, match="train.cuda_graph=true needs GPUs without sharding, .* 1 ranks on cpu"),
     ):
         Trainer(cfg, world)
