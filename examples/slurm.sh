@@ -43,10 +43,11 @@ torchrun=(
 # A look at the cluster first: GPUs, network, disk, memory. Its FAILs end the job before it costs anything.
 srun --kill-on-bad-exit=1 "${torchrun[@]}" --max-restarts=0 -m sitfast.doctor --config "$config" "$@"
 
-stopped=
+stopped= step=
+trap 'stopped=1; if [[ $step ]]; then kill -TERM "$step"; fi' TERM # before there is anything to stop
 srun --kill-on-bad-exit=1 "${torchrun[@]}" -m sitfast.train --config "$config" "$@" &
 step=$!
-trap 'stopped=1; kill -TERM $step' TERM
+if [[ $stopped ]]; then kill -TERM "$step"; fi
 status=0
 wait "$step" || status=$?
 if [[ $stopped ]]; then
