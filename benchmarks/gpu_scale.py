@@ -366,7 +366,7 @@ class Session:
 
     def __init__(self, args: argparse.Namespace, folder: Path) -> None:
         self.args, self.folder = args, folder
-        self.deadline = START + args.seconds
+        self.deadline = time.monotonic() + args.seconds
         self.started: list[Running] = []
         self.results: dict[str, dict[str, float]] = {}
         self.errors: dict[str, str] = {}
