@@ -15,8 +15,10 @@ from __future__ import annotations
 import collections
 import io
 import itertools
+import os
 import sys
 import warnings
+import weakref
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -44,6 +46,13 @@ def _black() -> NDArray[np.uint8]:
 
 _BLACK = _black()
 _BLACK_PLAN = np.array([0, 0, 0, 8, 8, *[0] * (3 * _MAX_HALVINGS)], np.float32)
+
+
+# A worker forked later inherits the pipelines of this process without their threads, and would wait for them for ever where it
+# destroyed one: there they stay until it ends.
+_pipelines: weakref.WeakSet[Any] = weakref.WeakSet()
+_inherited: list[Any] = []
+os.register_at_fork(after_in_child=lambda: _inherited.extend(_pipelines))
 
 
 class Encoded(NamedTuple):
@@ -193,6 +202,7 @@ class Decoder:
         self._fed = 0
         pipeline = self._graph(**self._settings)
         pipeline.build()
+        _pipelines.add(pipeline)
         return pipeline
 
     def _submit(self, loaded: Loaded) -> None:
