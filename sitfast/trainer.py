@@ -203,9 +203,7 @@ class Trainer:
 
     def _next_batch(self) -> data.Batch:
         self.world.at(self.step, "reading data")
-        start = time.perf_counter()
         batch = next(self.loader)
-        self._waited += time.perf_counter() - start
         self.world.at(self.step, "training")
         return batch
 
@@ -285,7 +283,7 @@ class Trainer:
         record["images_per_s"] = images_per_s
         record["mfu"] = 6 * self.macs * images_per_s / (self.peak * self.world.size) if self.peak else None
         record["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else None
-        record["data_wait"] = self._waited / elapsed
+        record["data_wait"] = self.encoded.take_waited() / elapsed
         record["eta_s"] = (self.cfg.train.steps - self.step) * self.cfg.data.batch_size / images_per_s
         record["samples"] = self.step * self.cfg.data.batch_size
         record["skipped"] = self.update.skipped.item()
@@ -295,7 +293,8 @@ class Trainer:
         self._begin_window()
 
     def _begin_window(self) -> None:
-        self._started, self._first, self._waited, self._paused = time.perf_counter(), self.step, 0.0, 0.0
+        self.encoded.take_waited()
+        self._started, self._first, self._paused = time.perf_counter(), self.step, 0.0
 
     @contextmanager
     def _pause(self, name: str) -> Iterator[None]:

@@ -8,6 +8,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from sitfast import philox
+from sitfast import vae as vae_module
 from sitfast.errors import SitfastError
 from sitfast.vae import Pixels, build_vae
 
@@ -114,6 +115,42 @@ def test_the_encoder_alone_is_compiled_and_in_equal_parts(saved, monkeypatch):
     vae.encode(images(6), INDEX[:6])  # three and three
     vae.decode(plain)
     assert len(sizes) == 2
+
+
+@pytest.mark.parametrize("few", [4096, 0])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_tuned_encoder_is_the_same_function(few, memory_format, monkeypatch):
+    monkeypatch.setattr(vae_module, "_FEW_TOKENS", few)
+    model = tiny().requires_grad_(False).to(memory_format=memory_format)
+    with torch.no_grad():
+        for parameter in model.encoder.parameters():
+            parameter.normal_(0.3, 0.3)  # norms that are not the identity, and means beside zero
+    x, keys = images().contiguous(memory_format=memory_format), list(model.state_dict())
+    expected, expected_fp64 = model.encoder(x), model.double().encoder(x.double())
+    model.float()
+    for tune in vae_module.TUNING:
+        tune(model.encoder)
+    got = model.encoder(x)
+    own = (expected - expected_fp64).norm() / expected_fp64.norm()
+    assert (got - expected_fp64).norm() / expected_fp64.norm() < 4 * own
+    assert list(model.state_dict()) == keys
+    assert not any(type(module) is torch.nn.GroupNorm for module in model.encoder.modules())
+
+
+@pytest.mark.gpu
+def test_encoding_on_a_gpu_from_any_stream(model, saved):
+    settings = SimpleNamespace(
+        id=saved, scale=None, shift=None, posterior="mean", precision="bf16", batch_size=3, compile=None
+    )
+    vae, x = build_vae(settings, device="cuda", seed=SEED), images()
+    expected = (moments(model, x)[0] - 0.5) * 0.25
+    streams, results = [torch.cuda.Stream() for _ in range(2)], []
+    for number in range(6):  # the streams take turns, in batches of every size
+        with torch.cuda.stream(streams[number % 2]):
+            results.append(vae.encode(x[: 7 - number].cuda(), INDEX[: 7 - number].cuda()))
+    torch.cuda.synchronize()
+    for z in results:
+        assert (z.double().cpu() - expected[: len(z)]).norm() / expected[: len(z)].norm() < 0.05
 
 
 def test_decode_undoes_scale_and_shift(model, saved):

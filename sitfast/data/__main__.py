@@ -29,7 +29,7 @@ from sitfast.parallel import World
 from sitfast.trainer import Trainer
 from sitfast.vae import build_vae
 
-_WARM_UP = 3
+_WARM_UP = 5  # a step is recorded as a CUDA graph after three
 # What a measurement leaves out of a run.
 _QUIET = [
     "checkpoint.every=1000000000", "log.every=1000000000", "log.val_every=0", "sample.every=0", "log.tensorboard=false",
@@ -128,7 +128,7 @@ def training_rate(cfg: Config, world: World, *, steps: int) -> tuple[float, floa
         elapsed = time.perf_counter() - start
     finally:
         trainer.close()
-    return steps * cfg.data.batch_size / elapsed, _sum(trainer._waited / elapsed, world) / world.size
+    return steps * cfg.data.batch_size / elapsed, _sum(trainer.encoded.take_waited() / elapsed, world) / world.size
 
 
 def _take_what_is_ready(take: Callable[[], object], cfg: Config, *, started: bool = True) -> None:

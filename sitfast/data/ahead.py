@@ -1,15 +1,19 @@
-"""The next batch on its way while the model works on this one.
+"""The next batch on the device, and encoded, while the model still works on this one.
 
-    own stream      copy n+1 → encode n+1 ─ event ┐
-    main stream     step n ────────────────────── wait → step n+1
+    host            launch step n ─ fetch n+1 ─ launch encode n+1 and step n+1 ─ …        at most `_LEAD` batches before the GPU
+    own stream                      copy n+1 → encode n+1 ─ event ┐
+    main stream     ─ step n ──────────────────────────────────── wait → step n+1
 
-On a GPU the copy to the device and the VAE run on a stream of their own, one batch ahead; elsewhere in line, when asked for.
-Which batch comes, and what is drawn for it, does not depend on that.
+Batch n + 1 is asked for once step n is launched: a slow loader delays no launch, and the GPU has work meanwhile. On a GPU the
+copy and the VAE run on a stream of their own; elsewhere all is in line. Which batch comes, and what is drawn for it, does not
+depend on that.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -18,18 +22,19 @@ import torch
 from sitfast.data import Batch
 from sitfast.profiling import annotate
 
+_LEAD = 2  # batches; more would hide nothing more, and hold memory
+
 
 class Ahead:
     """Iterates over the batches of `fetch`, with `vae.encode` of x in place of x."""
 
-    def __init__(
-        self, fetch: Callable[[], Batch], vae: Any, device: torch.device, *, early: bool | None = None
-    ) -> None:
+    def __init__(self, fetch: Callable[[], Batch], vae: Any, device: torch.device) -> None:
         self.fetch = fetch
         self.vae = vae
-        self.early = device.type == "cuda" if early is None else early
+        self.device = device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._waiting: tuple[Batch, Any] | None = None
+        self._waits: collections.deque[tuple[torch.cuda.Event, torch.cuda.Event]] = collections.deque()
+        self._waited_s = 0.0
         if self.stream:
             self.stream.wait_stream(torch.cuda.current_stream(device))  # the weights of the VAE are there
 
@@ -37,19 +42,51 @@ class Ahead:
         return self
 
     def __next__(self) -> Batch:
-        batch, done = self._waiting or self._begin()
-        self._waiting = self._begin() if self.early else None
-        if self.stream:
-            current = torch.cuda.current_stream(self.stream.device)
-            current.wait_event(done)
-            for tensor in (batch.x, batch.y, batch.index):
-                tensor.record_stream(current)  # its memory is not given away before this stream is done with it
+        if self.stream is None:
+            start = time.perf_counter()
+            batch = self._fetch()
+            self._waited_s += time.perf_counter() - start
+            return self._encode(batch)
+        current = torch.cuda.current_stream(self.device)
+        ended = _record(current)  # what was launched since the last batch was handed out
+        while len(self._waits) >= _LEAD:
+            self._count()
+        with torch.cuda.stream(self.stream):
+            batch = self._fetch()
+            self._waits.append((ended, _record(self.stream)))
+            batch = self._encode(batch)
+        current.wait_stream(self.stream)
+        for tensor in (batch.x, batch.y, batch.index):
+            tensor.record_stream(current)  # its memory is not given away before this stream is done with it
         return batch
 
-    def _begin(self) -> tuple[Batch, Any]:
-        with torch.cuda.stream(self.stream):
-            with annotate("data"):
-                batch = self.fetch()
-            with annotate("encode"):
-                batch = dataclasses.replace(batch, x=self.vae.encode(batch.x, batch.index))
-        return batch, self.stream.record_event() if self.stream else None
+    def take_waited(self) -> float:
+        """Seconds since the last call in which there was nothing to do but wait for a batch.
+
+        On a GPU, those between the end of its work and the arrival of the next batch, by its own clock; it is waited for.
+        """
+        while self._waits:
+            self._count()
+        waited, self._waited_s = self._waited_s, 0.0
+        return waited
+
+    def _count(self) -> None:
+        """Wait for what came before the oldest batch that is not counted, and for that batch."""
+        ended, arrived = self._waits.popleft()
+        ended.synchronize()
+        arrived.synchronize()
+        self._waited_s += max(0.0, ended.elapsed_time(arrived)) / 1e3
+
+    def _fetch(self) -> Batch:
+        with annotate("data"):
+            return self.fetch()
+
+    def _encode(self, batch: Batch) -> Batch:
+        with annotate("encode"):
+            return dataclasses.replace(batch, x=self.vae.encode(batch.x, batch.index))
+
+
+def _record(stream: torch.cuda.Stream) -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True, blocking=True)
+    event.record(stream)
+    return event

@@ -7,8 +7,7 @@ DALI sees ordinary JPEGs alone. Everything else (PNG, WebP, CMYK, rotated, trunc
 and joins its batch, so odd and unreadable files fare as they do without DALI. Where DALI refuses a batch all the same, Pillow
 decodes that batch. Batches are decoded ahead, while the model works.
 
-Pixels are those of `adm_crop` within a mean of 0.5 of 255: Pillow rounds after each axis of a halving, half upwards, which lifts
-the mean by ½ a halving; here that is added, and rounded once at the end.
+Pixels are those of `adm_crop` within a mean of 0.5 of 255: a halving rounds after each axis, half upwards, as Pillow does.
 """
 
 from __future__ import annotations
@@ -16,8 +15,10 @@ from __future__ import annotations
 import collections
 import io
 import itertools
+import os
 import sys
 import warnings
+import weakref
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -45,6 +46,13 @@ def _black() -> NDArray[np.uint8]:
 
 _BLACK = _black()
 _BLACK_PLAN = np.array([0, 0, 0, 8, 8, *[0] * (3 * _MAX_HALVINGS)], np.float32)
+
+
+# A worker forked later inherits the pipelines of this process without their threads, and would wait for them for ever where it
+# destroyed one: there they stay until it ends.
+_pipelines: weakref.WeakSet[Any] = weakref.WeakSet()
+_inherited: list[Any] = []
+os.register_at_fork(after_in_child=lambda: _inherited.extend(_pipelines))
 
 
 class Encoded(NamedTuple):
@@ -194,6 +202,7 @@ class Decoder:
         self._fed = 0
         pipeline = self._graph(**self._settings)
         pipeline.build()
+        _pipelines.add(pipeline)
         return pipeline
 
     def _submit(self, loaded: Loaded) -> None:
@@ -242,12 +251,16 @@ def _graph(size: int, *, mixed: bool, hw_decoder_load: float) -> Any:
             fn.slice(image, 0.0 * half, half, **whole), fn.slice(image, side - half, half, **whole), axis=axis
         )
 
+    def mean_of_two(image: Any, height: Any, width: Any) -> Any:
+        """Half of the columns or of the rows, rounded half upwards as Pillow rounds: k + ½ becomes k + ¾."""
+        linear = {"interp_type": types.INTERP_LINEAR, "antialias": False, "dtype": types.FLOAT}
+        return fn.cast(fn.resize(image, size=fn.stack(height, width), **linear) + 0.25, dtype=types.UINT8)
+
     def halve(image: Any, stage: Any) -> Any:
-        """The mean of 2 × 2 pixels, lifted as Pillow's two roundings lift it."""
         if stage[2] > 0:
             image = drop_middle(drop_middle(image, stage[0:1], 0), stage[1:2], 1)
-        to = math.floor(stage[0:2] / 2)
-        return fn.resize(image, size=to, interp_type=types.INTERP_LINEAR, antialias=False, dtype=types.FLOAT) + 0.5
+        height, width = math.floor(stage[0] / 2), math.floor(stage[1] / 2)
+        return mean_of_two(mean_of_two(image, 2 * height, width), height, width)
 
     def finish(image: Any, plan: Any) -> Any:
         cubic = {"interp_type": types.INTERP_CUBIC, "antialias": True, "dtype": types.FLOAT}

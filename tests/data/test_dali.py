@@ -1,6 +1,10 @@
 """JPEGs through DALI's CPU pipeline (the GPU's where there is one): the pixels of Pillow, odd files, refused batches."""
 
+import gc
 import io
+import os
+import signal
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -196,6 +200,23 @@ def test_a_batch_that_dali_refuses_is_decoded_by_pillow(dali, tmp_path, monkeypa
     refused = [ours for ours, expected in zip(by_dali, by_pillow, strict=True) if torch.equal(ours.x, expected.x)]
     assert made._batches.refused == len(refused) >= 2
     assert [ours.index.item() for ours in by_dali] == list(range(8))
+
+
+def test_a_forked_process_can_forget_its_pipelines(dali, tmp_path):
+    """As the workers of a second loader do with the pipeline of the first."""
+    made, _ = batches(write(tmp_path / "images", {"0.jpg": jpeg(photographs()[0])}), 64, 2)
+    pid = os.fork()
+    if pid == 0:
+        made._batches._pipeline = None
+        gc.collect()
+        os._exit(7)
+    end = time.monotonic() + 20
+    while (ended := os.waitpid(pid, os.WNOHANG))[0] == 0 and time.monotonic() < end:
+        time.sleep(0.05)
+    if ended[0] == 0:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(ended[1]) == 7
 
 
 @pytest.mark.parametrize(("world_size", "num_workers", "accumulate"), [(1, 2, 1), (2, 1, 3), (3, 0, 2), (8, 0, 1)])

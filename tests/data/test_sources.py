@@ -156,6 +156,82 @@ def views_of(settings):
     return known
 
 
+def files():
+    """name → an image file of every kind that people have."""
+    generator = np.random.default_rng(0)
+    x = np.kron(generator.integers(0, 256, (6, 5, 3)), np.ones((16, 16, 1))).astype(np.uint8)  # 80 x 96
+    image, alpha = Image.fromarray(x), Image.fromarray(np.dstack([x, x[:, :, 0]]))
+    rotated = Image.Exif()
+    rotated[0x0112] = 6
+    kinds = [
+        ("jpg", image, "JPEG", {"quality": 90}), ("jpg", image.convert("L"), "JPEG", {}),
+        ("jpg", image.convert("CMYK"), "JPEG", {}), ("jpg", image, "JPEG", {"exif": rotated}), ("jpg", image, "PNG", {}),
+        ("jpg", image.crop((0, 0, 79, 65)), "JPEG", {"subsampling": 0}), ("png", alpha, "PNG", {}),
+        ("png", Image.fromarray(x[:, :, 0].astype(np.uint16) * 257), "PNG", {}), ("png", image.quantize(16), "PNG", {}),
+        ("webp", alpha, "WEBP", {"lossless": True}),
+    ]  # fmt: skip
+    made = {}
+    for number, (suffix, picture, kind, settings) in enumerate(kinds):
+        file = io.BytesIO()
+        picture.save(file, format=kind, **settings)
+        made[f"{number}.{suffix}"] = file.getvalue()
+    return made
+
+
+def in_folder(path):
+    (path / "class").mkdir()
+    for name, content in files().items():
+        (path / "class" / name).write_bytes(content)
+    return "folder"
+
+
+def in_tar(path):
+    with tarfile.open(path / "a.tar", "w") as tar:
+        for name, content in files().items():
+            for member, data in ((name, content), (name.partition(".")[0] + ".cls", b"0")):
+                info = tarfile.TarInfo(member)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    return "webdataset"
+
+
+def in_table(path):
+    datasets = pytest.importorskip("datasets")
+    images = [{"bytes": content, "path": None} for content in files().values()]
+    table = datasets.Dataset.from_dict({"image": images, "label": [0] * len(images)})
+    table.cast_column("image", datasets.Image()).to_parquet(path / "train.parquet")
+    return "hf"
+
+
+@pytest.mark.parametrize("decoder", ["pil", "dali"])
+@pytest.mark.parametrize("write", [in_folder, in_tar, in_table])
+def test_every_source_and_decoder_gives_the_same_pixels(write, decoder, tmp_path, monkeypatch):
+    if decoder == "dali":
+        pytest.importorskip("nvidia.dali")
+    monkeypatch.setattr(webdataset, "CACHE", tmp_path / "cache")
+    if find_spec("datasets"):
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    taken = []
+    for number, (make, how) in enumerate(((in_folder, "pil"), (write, decoder))):
+        (tmp_path / str(number)).mkdir()
+        settings = data(
+            make(tmp_path / str(number)), tmp_path / str(number), image_size=40, decoder=how, max_unreadable=0.0
+        )
+        rows = np.arange(build_source(settings).num_rows)
+        batches = Loader(
+            build_source(settings), rows, data=settings, seed=SEED, consumed=0, accumulate=1, rank=0, world_size=1,
+            device="cpu", quarantine=None,
+        )  # fmt: skip
+        taken.append(joined(take(batches, 2)))
+    (expected, labels, _), (x, y, _) = taken
+    assert len(x) == 48 and torch.equal(y, labels)
+    difference = (x - expected).abs().mul(127.5).flatten(1).mean(dim=1).max()
+    assert difference == 0 if decoder == "pil" else difference <= 0.5
+    assert (x[:10].flatten(1).unsqueeze(0) - x[:10].flatten(1).unsqueeze(1)).abs().mean(2).add(
+        torch.eye(10)
+    ).min() > 1e-3
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 def test_every_epoch_has_each_row_once(settings, world_size):
     known, source = views_of(settings), build_source(settings)
