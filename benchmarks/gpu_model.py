@@ -14,12 +14,12 @@ both. Without a GPU the model is tiny and the figures mean nothing.
 from __future__ import annotations
 
 import argparse
-import re
+import json
 import signal
 import statistics
 import sys
+import tempfile
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -31,13 +31,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import record, tuning
 from benchmarks.harness import DEVICE, GPU
 from sitfast.kernels import use_reference
 from sitfast.model import SiT, build_model
+from sitfast.profiling import summarize, traced
 
 BATCH, MICRO_BATCH, WARM_UP, REPEATS = (128, 16, 3, 20) if GPU else (2, 1, 1, 2)
 BUDGET_S, CASE_S, TUNING_PROCESSES = 170, 60, 10
@@ -287,61 +286,22 @@ def timed(call) -> tuple[float, float]:
 
 # ---- where the time goes ---------------------------------------------------------------------------------------------
 
-ATTENTION = re.compile(r"fmha|flash|sdpa|attention", re.I)
-GEMM = re.compile(r"gemm|nvjet|cutlass|xmma|cublas|splitk", re.I)
-OURS = re.compile(r"^(layernorm_|sum_chunks_|sum_samples_)|gelu", re.I)
-
-
-def kind_of(operator: str, kernel: str) -> str:
-    if ATTENTION.search(operator) or ATTENTION.search(kernel):
-        return "attention"
-    if GEMM.search(kernel):
-        return "GEMM"
-    if operator.startswith("sitfast::") or OURS.search(kernel):
-        return "ours"
-    return "copies, elementwise, sums"
-
 
 def where_time_goes(call, steps: int = 2, rows: int = 20) -> list[str]:
     """Kernels by kind, in ms a step: totals, the gaps between kernels, then the longest."""
-    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if GPU else [])
-    with profile(activities=activities) as trace:
-        for _ in range(steps):
-            call()
-        synchronize()
-    totals, counts, spans = defaultdict(float), defaultdict(int), []
-    launched: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))  # kernel → operator → µs
-    for event in trace.events():
-        if event.device_type == DeviceType.CUDA:
-            if getattr(event, "is_user_annotation", False):
-                continue
-            totals[event.name] += event.time_range.end - event.time_range.start
-            counts[event.name] += 1
-            spans.append((event.time_range.start, event.time_range.end))
-        elif event.name.startswith("sitfast::"):
-            for kernel in event.kernels:
-                launched[kernel.name][event.name] += kernel.duration
-    parts = []  # kind, kernel, µs, share of its launches
-    for kernel, total in totals.items():
-        known = dict(launched[kernel])
-        known[""] = max(total - sum(known.values()), 0.0)
-        parts += [(kind_of(op, kernel), kernel, us, us / total) for op, us in known.items() if us > 1e-3 * total]
-    kinds = defaultdict(float)
-    for kind, _, us, _ in parts:
-        kinds[kind] += us / steps / 1e3
-    busy, end = 0.0, 0.0
-    for first, last in sorted(spans):
-        busy += max(0.0, last - max(first, end))
-        end = max(end, last)
-    whole = (max(s[1] for s in spans) - min(s[0] for s in spans)) if spans else 0.0
-    kinds["gaps"] = (whole - busy) / steps / 1e3
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        with traced(trace):
+            for _ in range(steps):
+                call()
+            synchronize()
+        found = summarize(json.loads(trace.read_text())["traceEvents"], steps)
+    kinds = {name: kind.ms for name, kind in found.kinds().items()} | {"gaps": found.step_ms - found.busy_ms}
     lines = ["  ".join(f"{kind} {ms:.1f}" for kind, ms in sorted(kinds.items(), key=lambda item: -item[1]))]
-    for kind, kernel, us, share in sorted(parts, key=lambda part: -part[2])[:rows]:
-        count = counts[kernel] * share / steps
-        lines.append(
-            f"  {us / steps / 1e3:7.2f} ms {count:5.0f} x {us / steps / count:7.1f} us  {kind:<10.10} {kernel[:62]}"
-        )
-    return lines
+    return lines + [
+        f"  {k.ms:7.2f} ms {k.calls:5.0f} x {1e3 * k.ms / k.calls:7.1f} us  {k.kind:<10.10} {k.name[:62]}"
+        for k in found.kernels[:rows]
+    ]
 
 
 def backends_used() -> str:
