@@ -45,11 +45,11 @@ Channels = Annotated[tuple[float, ...], BeforeValidator(_listed), Field(min_leng
 
 
 class DataConfig(Section):
-    source: Literal["digits", "folder", "hf", "webdataset", "latents"] = "folder"
-    path: str | None = None  # class folders; hub id, Parquet or Arrow files; tar files; what sitfast.encode wrote
+    source: Literal["digits", "folder", "hf", "webdataset", "latents", "genes"] = "folder"
+    path: str | None = None  # class folders; hub id, Parquet, Arrow; tar files; what sitfast.encode wrote; .h5ad
     split: str = "train"  # hf
     image_column: str = "image"  # hf
-    label_column: str | None = "label"  # hf, and the .json members of webdataset; null is one class for all
+    label_column: str | None = "label"  # hf, .json members of webdataset, .obs of genes; null is one class for all
     caption_column: str | None = None  # the same, or .txt members; null is no texts
     image_size: Positive = 256  # pixels a side
     batch_size: Positive = 256  # global: over all ranks and accumulated micro-batches
@@ -62,8 +62,11 @@ class DataConfig(Section):
     flip: bool = True  # mirror half of the images
     val_samples: Count = 0  # rows held out of training for the validation loss
     max_unreadable: Share = 0.01  # a larger share of unreadable images stops the run
-    window_mib: Positive = 512  # latents: as much of the disk is shuffled at a time
-    verify: bool = False  # latents: compare every shard's hash at the start
+    window_mib: Positive = 512  # latents, genes: as much of the disk is shuffled at a time
+    verify: bool = False  # latents, genes: compare every shard's hash at the start
+    layer: str | None = None  # genes: the matrix, a layer or "raw"; null is X
+    transform: Literal["log1p", "none"] = "log1p"  # genes: counts to 1e4 a cell, then log(1 + x); none: done already
+    num_genes: Positive | None = None  # genes: only so many, the most variable; null keeps all
 
 
 class VAEConfig(Section):
@@ -412,14 +415,15 @@ def _combinations(cfg: Config) -> Iterator[Problem]:
         "hf": "the hub id or the folder of the data set",
         "webdataset": "the folder of tar files",
         "latents": "the folder that sitfast.encode wrote",
+        "genes": "the .h5ad file",
     }
     if data.source in places and data.path is None:
         yield problem("data.source", "data.path", rule=f"name {places[data.source]} in data.path")
-    if data.caption_column is not None and data.source in ("digits", "folder"):
+    if data.caption_column is not None and data.source in ("digits", "folder", "genes"):
         yield problem("data.caption_column", "data.source", rule="there are no texts; use data.caption_column=null")
-    if data.decoder == "dali" and data.source in ("digits", "latents"):
+    if data.decoder == "dali" and data.source in ("digits", "latents", "genes"):
         yield problem("data.decoder", "data.source", rule="there are no image files to decode; use data.decoder=pil")
-    if data.crop == "random" and data.source in ("digits", "latents"):
+    if data.crop == "random" and data.source in ("digits", "latents", "genes"):
         yield problem("data.crop", "data.source", rule="there are no images to crop; use data.crop=center")
     if data.source == "latents" and cfg.vae.id is None:
         yield problem("data.source", "vae.id", rule="name the VAE that made the latents")
@@ -434,6 +438,19 @@ def _combinations(cfg: Config) -> Iterator[Problem]:
             yield problem("data.source", "data.flip", rule="a mirrored digit is another sign; use data.flip=false")
         if model.num_classes < 10:
             yield problem("data.source", "model.num_classes", rule="there are ten digits; use model.num_classes=10")
+    if data.source == "genes":
+        if cfg.vae.id is not None:
+            yield problem("data.source", "vae.id", rule="genes are trained on as they are; use vae.id=null")
+        if data.flip:
+            yield problem("data.source", "data.flip", rule="a cell has no mirror image; use data.flip=false")
+        if model.rope:
+            yield problem("data.source", "model.rope", rule="there is no distance between genes; use model.rope=false")
+        if model.preset is not None and model.preset.startswith("DiT-"):
+            yield problem("data.source", "model.preset", rule=f"use {model.preset.replace('DiT', 'SiT')}")
+        if sample.every:
+            yield problem("data.source", "sample.every", rule="cells make no picture; use sample.every=0")
+        if sample.cfg_channels != "all":
+            yield problem("data.source", "sample.cfg_channels", rule="genes are no channels; use all")
     if data.batch_size % cfg.train.accumulate:
         yield problem("data.batch_size", "train.accumulate", rule="the batch must split evenly into micro-batches")
     if path.prediction == "velocity" and path.loss_weight != "none":

@@ -194,7 +194,7 @@ def kernels(cfg: Config, world: World, model: SiT) -> Iterator[Finding]:
     if world.device.type == "cpu":
         yield Finding("note", "kernels", "PyTorch: there are none of our own for the CPU")
         return
-    width, tokens = model.config["hidden_size"], model.grid**2
+    width, tokens = model.config["hidden_size"], model.num_tokens
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(cfg.train.precision, torch.float32)
     images = cfg.data.batch_size // world.size // cfg.train.accumulate
     mlp = describe_mlp(images * tokens, width, int(width * model.config["mlp_ratio"]), dtype, world.device)
@@ -220,11 +220,14 @@ def predicted(cfg: Config, world: World, model: SiT) -> Iterator[Finding]:
 
 def describe_model(cfg: Config) -> SiT:
     """The model of the config without its weights; a VAE is taken to be one that shrinks 8 times to 4 channels."""
+    genes = cfg.data.source == "genes"
+    size = data.build_source(cfg.data).image_size if genes else cfg.data.image_size  # so many only the file knows
     shrink = 1 if cfg.vae.id is None else 8
-    channels = (1 if cfg.data.source == "digits" else 3) if cfg.vae.id is None else 4
+    channels = (1 if cfg.data.source in ("digits", "genes") else 3) if cfg.vae.id is None else 4
     with torch.device("meta"):
         return build_model(
-            input_size=cfg.data.image_size // shrink,
+            genes=genes,
+            input_size=size // shrink,
             in_channels=channels,
             **cfg.model.model_dump(exclude={"init_from"}, exclude_none=True),
         )

@@ -1,4 +1,4 @@
-"""How good is it: the validation loss at fixed noise in bins of t, and for the digits what a classifier reads.
+"""How good is it: the validation loss at fixed noise in bins of t; for digits and genes, what a classifier reads and more.
 
     python -m sitfast.evaluate --ckpt runs/digits
 
@@ -18,10 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sitfast import cli, data, images, philox
+from sitfast import cli, data, evaluate_genes, images, philox
+from sitfast.data.genes import Genes
 from sitfast.data.latents import Latents
 from sitfast.data.loader import fixed_batches
 from sitfast.data.sampler import held_out
+from sitfast.errors import SitfastError
 from sitfast.interpolant import Interpolant
 from sitfast.loss import interpolant_loss
 from sitfast.parallel import World
@@ -78,7 +80,7 @@ def read_by_classifier(x: Tensor, labels: Tensor, source: data.Source, *, val_sa
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m sitfast.evaluate", description="Measure a trained model.")
     add_checkpoint_arguments(parser)
-    parser.add_argument("--num", type=int, default=1000, help="samples that the classifier reads (digits)")
+    parser.add_argument("--num", type=int, default=1000, help="samples that the figures are of (digits, genes)")
     args = parser.parse_args(argv)
     run = Restored(args.ckpt, ema=args.weights == "ema", device=args.device, overrides=args.overrides)
     cfg, folder = run.cfg, run.folder.parent
@@ -99,8 +101,16 @@ def main(argv: list[str]) -> int:
             world=World(0, 1, run.device),
         )
         result["val_loss"], result["val_loss_bins"] = bins.mean().item(), bins.tolist()
-        print(f"validation loss {result['val_loss']:.4f} on {len(rows)} held-out images")
+        print(f"validation loss {result['val_loss']:.4f} on {len(rows)} held-out {'cells' if run.panel else 'images'}")
 
+    if isinstance(source, Genes):
+        if run.state.get("genes") != source.panel.state():
+            raise SitfastError(f"data.path={cfg.data.path} has other genes or values than {run.folder} was trained on")
+        asked = source.labels(evaluate_genes.split(source, cfg.data.val_samples)[1])
+        labels = labels_for(args.num, tuple(asked.tolist()), cfg.model.num_classes)
+        x = run.generate(labels, seed=args.seed)
+        result |= evaluate_genes.read_cells(x, labels, source, val_samples=cfg.data.val_samples)
+        print(evaluate_genes.describe(result, args.num, cfg.sample.cfg))
     labels = labels_for(args.num, None, cfg.model.num_classes)
     if cfg.data.source == "digits":
         x = run.generate(labels, seed=args.seed)

@@ -58,7 +58,7 @@ class Prediction:
 def predict(cfg: Config, model: SiT, world_size: int) -> Prediction:
     """The peak of a training step on each GPU. The model gives its shape and may be a description on the meta device."""
     width, depth = model.config["hidden_size"], model.config["depth"]
-    tokens, ratio = model.grid**2, model.config["mlp_ratio"]
+    tokens, ratio = model.num_tokens, model.config["mlp_ratio"]
     low = cfg.train.precision in ("bf16", "fp16")
     parameters, block = count_parameters(model), count_parameters(model.blocks[0])  # type: ignore[arg-type]
     shards, accumulate = shard_size(cfg.parallel, world_size), cfg.train.accumulate

@@ -187,11 +187,11 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Adds the pending branch, then norm, modulation and the linear layer to patches [B, N, p·p·C]."""
+    """Adds the pending branch, then norm, modulation and the linear layer to patches [B, N, out_size]."""
 
-    def __init__(self, hidden_size: int, patch_size: int, out_channels: int) -> None:
+    def __init__(self, hidden_size: int, out_size: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
+        self.linear = nn.Linear(hidden_size, out_size)
         self.adaLN_modulation = adaln_linear(hidden_size, 2)
 
     def forward(self, x: Tensor, pending: Pending, c_silu: Tensor) -> Tensor:
@@ -206,9 +206,13 @@ class SiT(nn.Module):
 
     y = num_classes is the null class, which exists only if class_dropout_prob > 0. With learn_sigma the network has
     twice the output channels and the second half is dropped.
+
+    What a token is, and how many there are, stands in `_check_size`, `_lay_out`, `_positions`, `_rope`, `_unpatchify` and
+    `shape` alone: a model of other data than images overrides them (`sitfast.gene_model`).
     """
 
     returns_sigma = False
+    num_tokens: int
 
     def __init__(
         self,
@@ -241,17 +245,18 @@ class SiT(nn.Module):
             "rope": rope,
         }
         _check_config(self.config)
+        self._check_size()
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
         self.out_channels = in_channels * 2 if learn_sigma else in_channels
-        self.grid = input_size // patch_size
 
-        self.pos_embed = nn.Parameter(torch.zeros(1, self.grid**2, hidden_size), requires_grad=False)
-        self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
+        x_embedder, patch_values = self._lay_out(hidden_size)
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.num_tokens, hidden_size), requires_grad=False)
+        self.x_embedder = x_embedder
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
         mlp_size = int(hidden_size * mlp_ratio)
         self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mlp_size, qk_norm) for _ in range(depth))
-        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
+        self.final_layer = FinalLayer(hidden_size, patch_values * self.out_channels)
         self._angles: dict[torch.device, Angles] = {}
         if not self.pos_embed.is_meta:
             self.initialize_weights()
@@ -267,7 +272,7 @@ class SiT(nn.Module):
         for name, parameter in self.named_parameters():
             value = torch.zeros(parameter.shape, device="cpu")
             if name == "pos_embed":
-                value = sincos_pos_embed(value.shape[-1], self.grid)
+                value = self._positions(value.shape[-1])
             elif name.endswith("bias") or "adaLN_modulation" in name or name.startswith("final_layer"):
                 pass
             elif ".q_norm." in name or ".k_norm." in name:
@@ -289,6 +294,30 @@ class SiT(nn.Module):
             tokens, pending = block(tokens, pending, c_silu, rope)
         return self._unpatchify(self.final_layer(tokens, pending, c_silu))
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one sample: (C, H, W)."""
+        return self.in_channels, self.input_size, self.input_size
+
+    def _check_size(self) -> None:
+        """SitfastError where what a sample is does not go with the patches."""
+        size, patch = self.config["input_size"], self.config["patch_size"]
+        if size % patch:
+            near = max(size // patch * patch, patch)
+            raise SitfastError(
+                f"input_size={size} is not divisible by patch_size={patch}; try {near} or {near + patch}"
+            )
+
+    def _lay_out(self, hidden_size: int) -> tuple[nn.Module, int]:
+        """Sets the number of tokens; the module that makes them of x, and how many values of a channel each stands for."""
+        self.grid = self.input_size // self.patch_size
+        self.num_tokens = self.grid**2
+        return PatchEmbed(self.patch_size, self.in_channels, hidden_size), self.patch_size**2
+
+    def _positions(self, hidden_size: int) -> Tensor:
+        """The position embedding [1, N, D] on the CPU."""
+        return sincos_pos_embed(hidden_size, self.grid)
+
     def _rope(self, device: torch.device) -> Angles:
         """No buffers: the angles stay fp32 whatever the model is cast to, and weights of any grid fit."""
         if device not in self._angles:
@@ -305,10 +334,9 @@ class SiT(nn.Module):
         return patches.permute(0, 5, 1, 3, 2, 4).reshape(-1, channels, self.input_size, self.input_size)
 
     def _check_inputs(self, x: Tensor, t: Tensor, y: Tensor) -> None:
-        expected = (self.in_channels, self.input_size, self.input_size)
-        if x.ndim != 4 or x.shape[1:] != expected:
+        if x.ndim != 1 + len(self.shape) or x.shape[1:] != self.shape:
             raise SitfastError(
-                f"x has shape {tuple(x.shape)}, the model takes (B, {', '.join(map(str, expected))}); "
+                f"x has shape {tuple(x.shape)}, the model takes (B, {', '.join(map(str, self.shape))}); "
                 f"resize the input, or build the model with the matching input_size and in_channels"
             )
         for name, tensor in (("t", t), ("y", y)):
@@ -334,7 +362,7 @@ def _check_config(config: dict[str, Any]) -> None:
             raise SitfastError(f"{name}={config[name]} is not positive; use 1 or more")
     if not 0 <= config["class_dropout_prob"] <= 1:
         raise SitfastError(f"class_dropout_prob={config['class_dropout_prob']} is not a probability; use 0 to 1")
-    width, heads, size, patch = (config[name] for name in ("hidden_size", "num_heads", "input_size", "patch_size"))
+    width, heads = config["hidden_size"], config["num_heads"]
     if int(width * config["mlp_ratio"]) < 1:
         raise SitfastError(f"mlp_ratio={config['mlp_ratio']} leaves the MLP no hidden units; use 4.0")
     if width % 4:
@@ -344,9 +372,6 @@ def _check_config(config: dict[str, Any]) -> None:
         raise SitfastError(f"hidden_size={width} is not divisible by num_heads={heads}; change one of them")
     if config["rope"] and width // heads % 4:
         raise SitfastError(f"rope=true needs heads of a width divisible by 4, not {width // heads}; change num_heads")
-    if size % patch:
-        near = max(size // patch * patch, patch)
-        raise SitfastError(f"input_size={size} is not divisible by patch_size={patch}; try {near} or {near + patch}")
 
 
 def timestep_sinusoids(t: Tensor) -> Tensor:
@@ -394,9 +419,14 @@ def preset_kwargs(name: str) -> dict[str, int]:
     return dict(PRESETS[name])
 
 
-def build_model(preset: str | None = None, **kwargs: Any) -> SiT:
-    """A preset ("DiT-…" gives a `DiT`), or a SiT from keywords alone; keywords other than None override the preset."""
+def build_model(preset: str | None = None, *, genes: bool = False, **kwargs: Any) -> SiT:
+    """A preset ("DiT-…" gives a `DiT`), or a SiT from keywords alone; keywords other than None override the preset.
+
+    With `genes`, a `GeneSiT` of these sizes, whose input_size is the number of genes.
+    """
     kind = DiT if preset is not None and preset.startswith("DiT-") else SiT
+    if genes:
+        from sitfast.gene_model import GeneSiT as kind
     sizes = {} if preset is None else preset_kwargs(preset)
     return kind(**{**sizes, **{key: value for key, value in kwargs.items() if value is not None}})
 
@@ -434,10 +464,11 @@ def count_parameters(model: nn.Module) -> int:
 
 def forward_macs(model: SiT) -> int:
     """Multiply-accumulates of one forward pass an image; a training step costs 6 FLOPs for each."""
-    width, depth, tokens, patch = model.config["hidden_size"], model.config["depth"], model.grid**2, model.patch_size**2
+    width, depth, tokens = model.config["hidden_size"], model.config["depth"], model.num_tokens
     mlp_size = int(width * model.config["mlp_ratio"])
     condition = FREQUENCY_DIM * width + width**2 + depth * 6 * width**2 + 2 * width**2
     linears = tokens * (3 * width**2 + width**2 + 2 * width * mlp_size)  # qkv, proj, fc1 and fc2
     attention_scores = 2 * tokens**2 * width
+    patch = model.final_layer.linear.out_features // model.out_channels  # values of a channel in a token
     ends = tokens * width * patch * (model.in_channels + model.out_channels)
     return condition + depth * (linears + attention_scores) + ends

@@ -63,7 +63,7 @@ def needs(trainer: Trainer, kernels: set[str]) -> dict[str, tuple[str, float]]:
     """
     cfg, model, copied = trainer.cfg, trainer.model, trainer.copy is not None
     images, width, depth = cfg.data.batch_size // trainer.world.size, model.config["hidden_size"], model.config["depth"]
-    attention = depth * 2 * model.grid**4 * width
+    attention = depth * 2 * model.num_tokens**2 * width
     narrow = copied and cfg.train.accumulate == 1 and trainer.world.size == 1  # gradients in bf16
     update = 4 + (28 if cfg.optim.moments == "fp32" else 20) + 8 * len(cfg.ema.decays) + 2 * copied - 4 * narrow
     h = 2 if trainer.draw["dtype"] is not None else 4  # bytes of an element of a branch, and of the residual stream
@@ -77,11 +77,12 @@ def needs(trainer: Trainer, kernels: set[str]) -> dict[str, tuple[str, float]]:
         "_forward_kernel": hidden * depth * 2 * h,
         "_backward_kernel": hidden * depth * (3 + again) * h,
     }
+    fused = images * model.num_tokens * sum(per_token[name] for name in kernels & per_token.keys())
     return {
         "GEMM": ("flops", 6.0 * images * (trainer.macs - attention)),
         "attention": ("flops", 6.0 * images * attention),
         "update": ("bytes", float(update * sum(local(p).numel() for p in model.parameters() if p.requires_grad))),
-        "fused": ("bytes", float(images * model.grid**2 * sum(per_token[name] for name in kernels & per_token.keys()))),
+        "fused": ("bytes", float(fused)),
     }
 
 

@@ -1,6 +1,7 @@
 """Sample from a trained model: `python -m sitfast.sample --ckpt runs/digits --classes 0-9 --cfg 3`.
 
-    starting noise (seed, number of the sample) → ODE or SDE from t = 0 to t = 1, guided → vae.decode → PNG grid, PNGs or .npz
+    starting noise (seed, number of the sample) → ODE or SDE from t = 0 to t = 1, guided → vae.decode → PNG grid, PNGs, .npz;
+                                                                                                       of genes, .h5ad
 
 Sample k of a seed is the same image whatever the batch size, up to rounding.
 """
@@ -8,6 +9,8 @@ Sample k of a seed is the same image whatever the batch size, up to rounding.
 from __future__ import annotations
 
 import argparse
+import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from torch import Tensor
 
 from sitfast import checkpoint, cli, config, images, parallel
 from sitfast.config import Config, SampleConfig
+from sitfast.data.genes import Panel, save_h5ad
 from sitfast.errors import SitfastError
 from sitfast.interpolant import Interpolant
 from sitfast.model import SiT, build_model, load_state
@@ -44,19 +48,19 @@ def generate(
     null: int | None,
     seed: int,
 ) -> Tensor:
-    """Images `[N, C, H, W]` in [-1, 1] on the CPU for the labels `[N]`, `settings.batch_size` at a time.
+    """Images `[N, C, H, W]` in [-1, 1], or expression `[N, G]`, on the CPU for the labels `[N]`, `settings.batch_size` at a time.
 
     The model runs uncompiled here.
     """
-    shape = (model.config["in_channels"], model.config["input_size"], model.config["input_size"])
     device = next(model.parameters()).device
     done = []
     with torch.compiler.set_stance("force_eager"):  # batches of other sizes must not make the blocks compile again
         for index in torch.arange(len(labels), device=device).split(settings.batch_size):
             y = labels.to(device)[index]
-            noise = start_noise(seed, index, shape)
+            noise = start_noise(seed, index, model.shape)
             x, _ = sample(model, interpolant, noise, y, null=null, settings=settings, seed=seed, index=index)
-            done.append(vae.decode(x).float().clamp(-1, 1).cpu())
+            x = vae.decode(x).float()
+            done.append((x.clamp(-1, 1) if x.ndim == 4 else x).cpu())
     return torch.cat(done)
 
 
@@ -70,12 +74,15 @@ class Restored:
         self.device = parallel.resolve_device(device)
         self.model: SiT = build_model(**self.state["model"]).to(self.device)
         load_state(self.model, checkpoint.find_weights(folder, ema=ema), source=str(folder))
-        self.vae = build_vae(self.cfg.vae, device=self.device, seed=self.cfg.seed)
+        panel = self.state.get("genes")
+        self.panel = Panel.from_state(panel) if panel else None
+        self.vae = self.panel or build_vae(self.cfg.vae, device=self.device, seed=self.cfg.seed)
+        self.class_names: list[str] = self.state.get("class_names", [])
         self.interpolant = Interpolant.from_config(self.cfg.path, self.cfg.seed)
         self.null = self.cfg.model.num_classes if self.cfg.model.class_dropout_prob > 0 else None
 
     def generate(self, labels: Tensor, *, seed: int) -> Tensor:
-        """Images `[N, C, H, W]` in [-1, 1] for labels `[N]`, by the `sample` section of the config."""
+        """Images `[N, C, H, W]` in [-1, 1], or expression `[N, G]`, for labels `[N]`, by the `sample` section of the config."""
         dtype = torch.bfloat16 if self.device.type == "cuda" and self.cfg.train.precision in ("bf16", "fp16") else None
         with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
             return generate(
@@ -83,13 +90,18 @@ class Restored:
             )
 
 
-def parse_classes(text: str, num_classes: int) -> tuple[int, ...]:
-    """`0-9`, `3`, `1,5,7-8` → class numbers; SitfastError beyond `num_classes`."""
+def parse_classes(text: str, num_classes: int, names: Sequence[str] = ()) -> tuple[int, ...]:
+    """`0-9`, `3`, `1,5,7-8`, `tench,3` → class numbers; SitfastError beyond `num_classes`. What can be a number is one."""
     classes: list[int] = []
-    for part in text.split(","):
-        low, _, high = part.strip().partition("-")
-        if not low.isdigit() or (high and not high.isdigit()):
-            raise SitfastError(f"--classes {text} cannot be read at {part!r}; write classes as 0-9 or 1,5,7-8")
+    for part in map(str.strip, text.split(",")):
+        low, dash, high = part.partition("-")
+        if not low.isdigit() or (dash and not high.isdigit()):
+            if part in names:
+                classes.append(names.index(part))
+                continue
+            near = difflib.get_close_matches(part, names, n=3, cutoff=0.4)
+            known = f", or by name, such as {', '.join(near or names[:3])}" if names else ""
+            raise SitfastError(f"--classes {text} cannot be read at {part!r}; write classes as 0-9 or 1,5,7-8{known}")
         classes += range(int(low), int(high or low) + 1)
     wrong = [c for c in classes if c >= num_classes]
     if wrong or not classes:
@@ -111,23 +123,29 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m sitfast.sample", description="Sample images from a checkpoint.")
+    parser = argparse.ArgumentParser(prog="python -m sitfast.sample", description="Sample from a checkpoint.")
     add_checkpoint_arguments(parser)
-    parser.add_argument("--classes", help="such as 0-9 or 1,5,7-8; taken in turn")
-    parser.add_argument("--num", type=int, help="images in all (default: four of each class asked for, or sample.num)")
+    parser.add_argument("--classes", help="such as 0-9 or 1,5,7-8, or names; taken in turn")
+    parser.add_argument("--num", type=int, help="samples in all (default: four of each class asked for, or sample.num)")
     parser.add_argument("--cfg", type=float, help="guidance scale, short for sample.cfg=…; 1 is none")
     parser.add_argument("--method", help="short for sample.method=…")
     parser.add_argument("--steps", type=int, help="short for sample.steps=…")
-    parser.add_argument("--format", choices=("grid", "png", "npz"), default="grid", help="one PNG, many, or ADM's .npz")
-    parser.add_argument("--out", type=Path, help="file (grid, npz) or folder (png); default: beside the checkpoint")
+    parser.add_argument(
+        "--format", choices=("grid", "png", "npz", "h5ad"), help="one PNG, many, or ADM's .npz; of genes, .h5ad"
+    )
+    parser.add_argument("--out", type=Path, help="file, or folder of PNGs; default: beside the checkpoint")
     args = parser.parse_args(argv)
     short = [f"sample.{key}={value}" for key in ("cfg", "method", "steps") if (value := getattr(args, key)) is not None]
     run = Restored(args.ckpt, ema=args.weights == "ema", device=args.device, overrides=[*short, *args.overrides])
 
+    kind = args.format or ("h5ad" if run.panel else "grid")
+    if (kind == "h5ad") != (run.panel is not None):
+        holds, use = ("genes", "h5ad") if run.panel else ("images", "grid, png or npz")
+        raise SitfastError(f"--format {kind}: {run.folder} was trained on {holds}; use {use}")
     settings, num_classes = run.cfg.sample, run.cfg.model.num_classes
     classes, num, columns = settings.classes, settings.num, None
     if args.classes:
-        classes = parse_classes(args.classes, num_classes)
+        classes = parse_classes(args.classes, num_classes, run.class_names)
         num = 4 * len(classes)
         columns = len(classes) if len(classes) <= 20 else None
     if args.num is not None:
@@ -136,9 +154,13 @@ def main(argv: list[str]) -> int:
     x = run.generate(labels, seed=args.seed)
 
     step = run.state["step"]
-    if args.format == "png":
+    if run.panel:
+        about = {"checkpoint": str(run.folder), "step": step, "cfg": settings.cfg, "seed": args.seed}
+        out = args.out or run.folder.parent / f"samples-{step}.h5ad"
+        save_h5ad(x, labels, out, panel=run.panel, class_names=run.class_names, about=about)
+    elif kind == "png":
         out = images.save_pngs(x, args.out or run.folder.parent / f"samples-{step}")
-    elif args.format == "npz":
+    elif kind == "npz":
         out = images.save_npz(x, labels, args.out or run.folder.parent / f"samples-{step}.npz")
     else:
         out = images.save_grid(x, args.out or run.folder.parent / f"samples-{step}.png", columns=columns)

@@ -22,6 +22,7 @@ from torch import Tensor
 from sitfast import checkpoint, config, data, memory, metrics, parallel
 from sitfast.config import Config
 from sitfast.data.ahead import Ahead
+from sitfast.data.genes import Genes
 from sitfast.data.latents import Latents
 from sitfast.data.loader import Loader, fixed_batches
 from sitfast.data.sampler import held_out
@@ -84,12 +85,15 @@ class Trainer:
         if isinstance(source, Latents):
             source.check_vae(self.vae)
         self.interpolant = Interpolant.from_config(cfg.path, cfg.seed)
+        self.panel = source.panel.state() if isinstance(source, Genes) else None
         self.model_kwargs = {
-            "input_size": cfg.data.image_size // self.vae.downsample,
+            **({"genes": True} if self.panel else {}),
+            "input_size": source.image_size // self.vae.downsample,
             "in_channels": self.vae.latent_channels(source.channels),
             **cfg.model.model_dump(exclude={"init_from"}, exclude_none=True),
         }
-        _check_patches(cfg, self.vae.downsample)
+        if not self.panel:
+            _check_patches(cfg, self.vae.downsample)
         with torch.device("meta"):
             self.model = build_model(**self.model_kwargs)
         cfg = self._plan_memory()
@@ -364,7 +368,13 @@ class Trainer:
             note = self.saver.save(
                 self.step,
                 **self._tensors(),
-                state={"samples": self.step * self.cfg.data.batch_size, "window": window, "model": self.model_kwargs},
+                state={
+                    "samples": self.step * self.cfg.data.batch_size,
+                    "window": window,
+                    "model": self.model_kwargs,
+                    "class_names": self.source.class_names,
+                    "genes": self.panel,
+                },
                 config_yaml=config.dump(self.cfg),
             )
         self._tell(note)
@@ -412,6 +422,11 @@ class Trainer:
         path = self.world.share(path)
         if path is None:
             return False
+        if checkpoint.read_state(path).get("genes") != self.panel:
+            raise SitfastError(
+                f"data.path={self.cfg.data.path} has other genes, or other values, than {path} was trained on; give it the"
+                " file it had, or choose another output_dir"
+            )
         state = checkpoint.restore(path, **self._tensors(), world=self.world)
         self.step = state["step"]
         self.window = list(torch.tensor(state["window"], device=self.device))
@@ -474,7 +489,8 @@ class Trainer:
             if self.device.type == "cuda"
             else f"CPU, {torch.get_num_threads()} threads"
         )
-        size, channels = self.model_kwargs["input_size"], self.model_kwargs["in_channels"]
+        shape = " × ".join(map(str, self.model.shape)) + (" genes" if self.panel else "")
+        what = "cells" if self.panel else "images"
         weights = "fp32 weights" if self.mesh is None else "gathered in {}, fp32 shards and reductions"
         precision = {
             "bf16": "bf16 copy of fp32 weights" if self.copy else f"bf16 autocast, {weights.format('bf16')}",
@@ -482,14 +498,14 @@ class Trainer:
         }
         return [
             ("device", f"{world.size} × {name}" if world.size > 1 else name),
-            ("model", f"{cfg.model.preset or type(self.model).__name__} on {channels} × {size} × {size}"),
+            ("model", f"{cfg.model.preset or type(self.model).__name__} on {shape}"),
             ("parameters", f"{count_parameters(self.model):,} ({metrics.format_count(count_parameters(self.model))})"),
             ("compute", f"{2 * self.macs / 1e9:.2f} GFLOP an image forward, {6 * self.macs / 1e9:.2f} a training step"),
             ("objective", f"{cfg.path.prediction} on the {cfg.path.type} path, t {cfg.path.time_sampling}"),
-            ("data", f"{cfg.data.source}: {num_rows:,} images to train on, {cfg.data.val_samples:,} held out"),
+            ("data", f"{cfg.data.source}: {num_rows:,} {what} to train on, {cfg.data.val_samples:,} held out"),
             ("batch", f"{cfg.data.batch_size} = {world.size} ranks × {cfg.train.accumulate} micro-batches × "
              f"{cfg.data.batch_size // world.size // cfg.train.accumulate}"),
-            ("vae", cfg.vae.id or "none: pixels"),
+            ("vae", cfg.vae.id or ("none: expression" if self.panel else "none: pixels")),
             ("precision", precision.get(cfg.train.precision, cfg.train.precision)),
             ("parallel", self._parallel()),
             ("memory", f"{self.predicted}" + (f" of {self.memory / 2**30:.1f}" if self.memory else "")),
@@ -525,10 +541,10 @@ class Trainer:
             return f"{around}; blocks: PyTorch, there are none of our own for the CPU"
         cfg, width = self.cfg, self.model.config["hidden_size"]
         dtype = AUTOCAST[cfg.train.precision] or torch.float32
-        rows = cfg.data.batch_size // self.world.size // cfg.train.accumulate * self.model.grid**2
+        rows = cfg.data.batch_size // self.world.size // cfg.train.accumulate * self.model.num_tokens
         feed_forward = describe_mlp(rows, width, int(width * self.model.config["mlp_ratio"]), dtype, self.device)
         head = width // self.model.config["num_heads"]
-        attention = describe_attention(self.model.grid**2, head, dtype, self.device)
+        attention = describe_attention(self.model.num_tokens, head, dtype, self.device)
         blocks = f"layer norm and residual: Triton; feed-forward: {feed_forward}; attention: {attention}"
         return f"{around}; {blocks}"
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 SOURCES = {
     "digits": "sitfast.data.digits",
     "folder": "sitfast.data.folder",
+    "genes": "sitfast.data.genes",
     "hf": "sitfast.data.hf",
     "latents": "sitfast.data.latents",
     "webdataset": "sitfast.data.webdataset",
@@ -40,7 +41,10 @@ class Unreadable(Exception):
 
 
 class Source(Protocol):
-    """Rows of images with labels. It must survive being copied into worker processes."""
+    """Rows of images with labels, or of genes. It must survive being copied into worker processes.
+
+    `image_size` is pixels a side; of genes, with one channel, their number.
+    """
 
     num_rows: int
     num_classes: int
@@ -85,7 +89,8 @@ class Mapped(Source, Protocol):
 class Batch:
     """One micro-batch: x, labels y `[B]`, global sample indices `[B]`, names of replaced rows, and texts where there are any.
 
-    x is images `[B, C, H, W]`, or the moments of cached latents `[B, 2, C, h, w]`, which `vae.encode` takes as well.
+    x is images `[B, C, H, W]`, the moments of cached latents `[B, 2, C, h, w]`, which `vae.encode` takes as well, or genes
+    `[B, G]`.
     """
 
     x: Tensor

@@ -180,7 +180,8 @@ def main(argv: list[str]) -> int:
         if world.is_main:
             source = data.build_source(cfg.data)
             print(
-                f"{cfg.data.source}: {source.num_rows:,} rows in {source.num_classes:,} classes, {source.image_size} px, "
+                f"{cfg.data.source}: {source.num_rows:,} rows in {source.num_classes:,} classes, "
+                f"{source.image_size} {'genes' if cfg.data.source == 'genes' else 'px'}, "
                 f"{cfg.data.val_samples:,} held out"
             )
         if args.bench:

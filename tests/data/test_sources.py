@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sitfast.data import build_source, latents, webdataset
+from sitfast.data import build_source, genes, latents, webdataset
 from sitfast.data.loader import Loader
 
 ROWS, SIZE = 37, 16
@@ -28,7 +28,8 @@ def data(source, path, **changes):
         "source": source, "path": str(path), "image_size": SIZE, "batch_size": 24, "num_workers": 0, "prefetch": 2,
         "flip": True, "max_unreadable": 0.1, "window_mib": 1, "verify": True, "split": "train", "image_column": "image",
         "label_column": "label", "caption_column": None,
-        "decoder": "pil", "crop": "center", "decoder_threads": 1, "hw_decoder_load": 0.0, **changes,
+        "decoder": "pil", "crop": "center", "decoder_threads": 1, "hw_decoder_load": 0.0,
+        "layer": None, "transform": "log1p", "num_genes": None, "val_samples": 0, **changes,
     })  # fmt: skip
 
 
@@ -101,7 +102,16 @@ def tars(path):
     return data("webdataset", path, caption_column="text")
 
 
-BUILDERS = {"folder": folder, "latents": cached, "arrow": arrow, "parquet": parquet, "tars": tars}
+def cells(path):
+    """Counts of 4,000 genes (16 kB a cell, so that the window of 1 MiB holds more than all)."""
+    anndata, pandas = pytest.importorskip("anndata"), pytest.importorskip("pandas")
+    counts = np.random.default_rng(0).poisson(2.0, (ROWS, 4000)).astype(np.float32)
+    obs = pandas.DataFrame({"label": [f"type{number % 5}" for number in range(ROWS)]}, index=[*map(str, range(ROWS))])
+    anndata.AnnData(counts, obs=obs).write_h5ad(path / "cells.h5ad")
+    return data("genes", path / "cells.h5ad", flip=False)
+
+
+BUILDERS = {"folder": folder, "latents": cached, "arrow": arrow, "parquet": parquet, "tars": tars, "genes": cells}
 
 
 @pytest.fixture(scope="module", params=BUILDERS)
@@ -109,6 +119,7 @@ def settings(request, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         cache = tmp_path_factory.mktemp("cache")
         patch.setattr(webdataset, "CACHE", cache)
+        patch.setattr(genes, "CACHE", cache)
         if find_spec("datasets"):
             patch.setattr("datasets.config.HF_DATASETS_CACHE", cache)
         yield BUILDERS[request.param](tmp_path_factory.mktemp(request.param))
@@ -143,16 +154,18 @@ def joined(batches):
 
 
 def views_of(settings):
-    """bytes of a row as the loader gives it, unmirrored or mirrored → row."""
+    """bytes of a row as the loader gives it, unmirrored or, where it may be, mirrored → row."""
     source = build_source(settings)
     rows = np.arange(ROWS)
-    if hasattr(source, "gather"):
+    if not settings.flip:
+        views = [source.gather(rows, None)[0]]
+    elif hasattr(source, "gather"):
         views = [source.gather(rows, torch.full((ROWS,), mirrored))[0] for mirrored in (False, True)]
     else:
         x = torch.stack([source.load(row)[0] for row in range(ROWS)]).float().div(127.5).sub(1)
         views = [x, x.flip(-1)]
     known = {view[row].contiguous().numpy().tobytes(): row for view in views for row in range(ROWS)}
-    assert len(known) == 2 * ROWS
+    assert len(known) == len(views) * ROWS
     return known
 
 
