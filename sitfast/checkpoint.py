@@ -519,18 +519,29 @@ def find_weights(path: str | Path, *, ema: bool = True) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         return _load_file(path)
     if path.suffix in (".pt", ".pth"):
-        return _load_official(path, ema=ema)
+        return weights_in(read_pt(path), path, ema=ema)
     raise SitfastError(f"{path} is not of a kind that holds weights; give a .safetensors or .pt file, or a folder")
 
 
-def _load_official(path: Path, *, ema: bool) -> dict[str, Tensor]:
-    """Weights of a .pt file, through the unpickler that builds tensors, containers and an argparse.Namespace only.
+def weights_in(content: Any, path: Path, *, ema: bool) -> dict[str, Tensor]:
+    """The weights in what a .pt file held: under "ema" or "model" in a training file, else all of it."""
+    for name in ("ema", "model") if ema else ("model",):
+        if isinstance(content, dict) and isinstance(content.get(name), dict):
+            content = content[name]
+            break
+    if not (isinstance(content, dict) and content and all(isinstance(value, Tensor) for value in content.values())):
+        raise SitfastError(f'{path} holds no weights; expected a state dict, or one under "ema" or "model"')
+    return dict(content)
+
+
+def read_pt(path: Path) -> Any:
+    """What a .pt file holds, through the unpickler that builds tensors, containers and an argparse.Namespace only.
 
     Official training files are {"model", "ema", "opt", "args": argparse.Namespace}, released ones a plain state dict.
     """
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise SitfastError(
             f"{path} is damaged or holds more than tensors, and reading that could run foreign code; "
@@ -539,10 +550,3 @@ def _load_official(path: Path, *, ema: bool) -> dict[str, Tensor]:
     except Exception as error:  # a damaged stream of pickle instructions can fail in any way
         cause = str(error).partition("\n")[0]
         raise SitfastError(f"{path} is truncated or no PyTorch file ({cause}); copy it again") from error
-    for name in ("ema", "model") if ema else ("model",):
-        if isinstance(content, dict) and isinstance(content.get(name), dict):
-            content = content[name]
-            break
-    if not (isinstance(content, dict) and content and all(isinstance(value, Tensor) for value in content.values())):
-        raise SitfastError(f'{path} holds no weights; expected a state dict, or one under "ema" or "model"')
-    return dict(content)

@@ -244,7 +244,7 @@ _FREE = (
 def load(path: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """The configuration in a YAML file (None: the defaults) with overrides; SitfastError lists all mistakes."""
     raw = _read(Path(path)) if path is not None else {}
-    problems = _apply(raw, overrides)
+    problems = override(raw, overrides)
     cfg = parse(raw, problems)
     return cfg
 
@@ -324,7 +324,7 @@ def _read(path: Path) -> dict[str, Any]:
     return raw
 
 
-def _apply(raw: dict[str, Any], overrides: list[str] | tuple[str, ...]) -> list[Problem]:
+def override(raw: dict[str, Any], overrides: list[str] | tuple[str, ...]) -> list[Problem]:
     """Write `section.field=value` overrides into `raw`; returns those that have no such form."""
     problems = []
     for item in overrides:
