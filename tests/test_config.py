@@ -165,7 +165,7 @@ def test_differences_name_what_makes_another_run():
 def test_shipped_configs_are_valid(path):
     cfg = config.load(path)
     assert cfg.output_dir == f"runs/{path.stem}"
-    if path.stem != "digits":
+    if path.stem not in ("digits", "genes"):  # these have sizes of their own
         assert cfg.model.preset and cfg.data.source == "folder"
 
 
