@@ -22,7 +22,8 @@ set -euo pipefail
 config=${1:?the config file, then section.field=value …}
 shift
 
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+head=${head%%$'\n'*} # the first; `| head -n 1` can end the script, as scontrol may still be writing
 export OMP_NUM_THREADS=8
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=240 # seconds between SIGTERM and SIGKILL in which ranks save (torch 2.13 knows it, 2.11 waits 30)
 
