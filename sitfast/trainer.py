@@ -401,12 +401,7 @@ class Trainer:
                 " choose another output_dir, or remove that folder"
             )
         if self.world.is_main:
-            try:
-                self.run_dir.mkdir(parents=True, exist_ok=True)
-            except (FileExistsError, NotADirectoryError) as error:
-                raise SitfastError(
-                    f"output_dir={self.run_dir} cannot be made: {error.filename} is, or lies in, a file; choose another"
-                ) from error
+            self.run_dir.mkdir(parents=True, exist_ok=True)
             checkpoint.clean(self.run_dir)
             with replacing(path) as temporary:
                 temporary.write_text(config.dump(self.cfg), encoding="utf-8")

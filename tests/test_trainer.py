@@ -307,13 +307,6 @@ def test_unreadable_images_are_counted_in_the_log(tiny, tmp_path, image_folder, 
     assert "unreadable 1" in capsys.readouterr().out
 
 
-def test_an_output_folder_that_is_a_file_is_named(tiny, tmp_path):
-    (tmp_path / "file").touch()
-    for path in (tmp_path / "file", tmp_path / "file/run"):
-        with pytest.raises(SitfastError, match=f"output_dir={path} cannot be made: .* a file; choose another"):
-            train(*tiny, f"output_dir={path}")
-
-
 def test_help_lists_the_settings(capsys):
     with pytest.raises(SystemExit):
         train_command.main(["--help"])
