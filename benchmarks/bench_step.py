@@ -43,18 +43,16 @@ from typing import Any, Literal
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks import plain, record, tuning
-from benchmarks.harness import CLOCK, DEVICE, GPU
+from benchmarks.harness import CHANNELS, CLOCK, DEVICE, GPU, NUM_CLASSES, RandomLatents
 from sitfast import metrics
-from sitfast.data.sampler import BlockOrder
 from sitfast.model import build_model, forward_macs, preset_kwargs
 
 WARM_UP, STEPS = (6, 20) if GPU else (1, 2)
 MODELS, PIXELS = ("XL/2", "L/2", "B/2", "S/2"), (256, 512)
 BATCHES = {"XL/2": 128, "L/2": 128, "B/2": 256, "S/2": 256} if GPU else dict.fromkeys(MODELS, 4)  # at 256 px
-NUM_CLASSES, CHANNELS = 1000, 4
 TINY = {} if GPU else {"hidden_size": 48, "depth": 2, "num_heads": 2}
 BACKEND = "inductor" if GPU else "aot_eager"
 
@@ -116,31 +114,6 @@ class Case:
 Step = Callable[[], object]
 
 
-class Latents:
-    """Random latents that cost nothing to read: the source of sitfast's Trainer."""
-
-    num_rows, num_classes, channels, class_names = 1 << 20, NUM_CLASSES, CHANNELS, ()
-
-    def __init__(self, size: int, batch: int) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.image_size = size
-        self._x = torch.randn(batch, CHANNELS, size, size, generator=generator)
-        self._y = torch.randint(0, NUM_CLASSES, (batch,), generator=generator)
-
-    def load(self, row: int) -> tuple[Tensor, int]:
-        place = row % len(self._x)
-        return self._x[place], int(self._y[place])
-
-    def order(self, num_rows: int, seed: int) -> BlockOrder:
-        return BlockOrder(num_rows, seed, block=4096, window=65536)
-
-    def gather(self, rows: Sequence[int], mirrored: Tensor | None) -> tuple[Tensor, Tensor]:
-        return self._x[: len(rows)], self._y[: len(rows)]
-
-    def read_ahead(self, rows: Sequence[int]) -> None:
-        pass
-
-
 @contextlib.contextmanager
 def sitfast_training(case: Case, depth: int | None) -> Iterator[tuple[Step, str]]:
     """A step of the Trainer, and what it says of itself."""
@@ -149,7 +122,7 @@ def sitfast_training(case: Case, depth: int | None) -> Iterator[tuple[Step, str]
     from sitfast.model import SiT
     from sitfast.trainer import Trainer
 
-    sitfast.data.build_source = lambda _: Latents(case.size, case.batch)
+    sitfast.data.build_source = lambda _: RandomLatents(case.size, case.batch)
     SiT.initialize_weights = plain.random_weights
     with tempfile.TemporaryDirectory() as folder:
         settings = {

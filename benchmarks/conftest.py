@@ -73,7 +73,7 @@ def say(request: pytest.FixtureRequest) -> Callable[[str], None]:
 
 @pytest.fixture(scope="session")
 def all_runs(request: pytest.FixtureRequest) -> Iterator[runs.Runs]:
-    """Every case that this session asks for, already under way."""
+    """Every case that is asked for, already begun."""
     option = request.config.getoption
     tasks: dict[runs.Task, list[Direction]] = {}
     for item in request.session.items:

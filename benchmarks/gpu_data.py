@@ -36,6 +36,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks.vae_variants import attend_by_products, normalize_by_channels
+
 START = time.monotonic()
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -133,7 +135,7 @@ def sd_vae() -> Any:
 
 def vae(seconds: float, report: Report, images: Path | None) -> None:
     from sitfast.config import VAEConfig
-    from sitfast.vae import AutoencoderVAE, attend_by_products
+    from sitfast.vae import AutoencoderVAE
 
     model = sd_vae().to(DEVICE).eval().requires_grad_(False)
     many, part = (256, 64) if GPU else (8, 4)
@@ -151,16 +153,16 @@ def vae(seconds: float, report: Report, images: Path | None) -> None:
         return x[:batch].to(torch.bfloat16).contiguous(memory_format=torch.channels_last)
 
     def whole() -> Figure:
-        duration = median_s(lambda: tuned.encode(x, index), repeats=5)
+        duration = median_s(lambda: trained.encode(x, index), repeats=5)
         return Figure(many / duration, "images/s", f"{1e3 * duration:7.2f} ms")
 
     report(f"fp32, eager, {part}", lambda: measure(encoder_of(model), x[:part].contiguous()))
     model.to(torch.bfloat16, memory_format=torch.channels_last)
     settings = VAEConfig(id="random", precision="bf16", batch_size=part, compile=True)
-    tuned = AutoencoderVAE(copy.deepcopy(model), settings, device=DEVICE, seed=0)
-    encode = encoder_of(tuned.model)
+    trained = AutoencoderVAE(copy.deepcopy(model), settings, device=DEVICE, seed=0)
+    encode = encoder_of(trained.model)
     report(f"as in training, {many} of fp32 in parts of {part}", whole)
-    report(f"its encoder, {part} (attention by products, norm by channels)", lambda: measure(encode, bf16(part)))
+    report(f"its encoder, {part}", lambda: measure(encode, bf16(part)))
     profile(lambda: encode(bf16(part)), "the same", report)
     if GPU:
         report("  and as a CUDA graph", lambda: measure(graphed(encode, bf16(part)), bf16(part)))
@@ -168,15 +170,21 @@ def vae(seconds: float, report: Report, images: Path | None) -> None:
         report("  and cudnn.benchmark", lambda: measure(encode, bf16(part)))
         profile(lambda: encode(bf16(part)), "and cudnn.benchmark", report, rows=8)
         torch.backends.cudnn.benchmark = False
-    for name, tuning in (("compiled, nothing else", ()), ("compiled, attention by products", (attend_by_products,))):
+    attention, norm = attend_by_products, normalize_by_channels
+    variants = {
+        "attention by products, norm by channels": (attention, norm),
+        "attention": (attention,),
+        "norm": (norm,),
+    }
+    for name, variant in variants.items():
         if left(seconds):
             torch.compiler.reset()
-            plain = copy.deepcopy(model)
-            for tune in tuning:
-                tune(plain.encoder)
-            compiled = torch.compile(encoder_of(plain), dynamic=False)
+            changed = copy.deepcopy(model)
+            for change in variant:
+                change(changed.encoder)
+            compiled = torch.compile(encoder_of(changed), dynamic=False)
             report(f"{name}, {part}", lambda c=compiled: measure(c, bf16(part)))
-            if not tuning:
+            if len(variant) > 1:
                 profile(lambda c=compiled: c(bf16(part)), name, report)
     if left(seconds):
         report(f"bf16, channels last, eager, {part}", lambda: measure(encoder_of(model), bf16(part)))

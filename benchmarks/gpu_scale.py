@@ -39,9 +39,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import sitfast.data
+from benchmarks.harness import RandomLatents
 from sitfast import config, parallel
 from sitfast.trainer import Trainer
 
@@ -73,18 +73,6 @@ class Job:
 
 
 # ---- in a rank -------------------------------------------------------------------------------------------------------
-
-
-class Latents:
-    """Random rows that cost nothing to read."""
-
-    num_rows, num_classes, channels, image_size, class_names = 1 << 20, 1000, 4, SIZE, ()
-
-    def __init__(self) -> None:
-        self._rows = torch.randn(1024, 4, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
-
-    def load(self, row: int) -> tuple[Tensor, int]:
-        return self._rows[row % 1024], row % 1000
 
 
 def settings(job: Job, batch: int, folder: Path) -> list[str]:
@@ -217,7 +205,6 @@ def measure_save(trainer: Trainer) -> Iterator[dict[str, float]]:
     synchronize()
     result = {"resumed_s": time.perf_counter() - start}
     assert 0 < again.step <= trainer.step
-    again._begin_window()
     step(again)
     synchronize()
     yield result | {"to_first_step_s": time.perf_counter() - start}
@@ -227,10 +214,10 @@ def measure_save(trainer: Trainer) -> Iterator[dict[str, float]]:
 def prepare(trainer: Trainer, part: str) -> None:
     """Let the trainer work as a part wants it."""
     if part == "ddp-25MiB":
-        trainer.network = trainer.model
+        trainer.network = trainer.copy.network if trainer.copy else trainer.model
         gc.collect()  # two wrappers at once would both reduce
         parallel._BUCKET_MIB = 25
-        trainer.network = parallel.data_parallel(trainer.model, trainer.world)
+        trainer.network = parallel.data_parallel(trainer.model, trainer.world, trainer.copy)
         for _ in range(WARM_UP):
             step(trainer)
     if part in ("fsdp", "fsdp-kept", "fsdp-unfetched"):
@@ -243,7 +230,7 @@ def prepare(trainer: Trainer, part: str) -> None:
 def worker(job: Job, args: argparse.Namespace) -> None:
     sys.stdin.readline()  # all is imported; the GPUs are ours after this
     start = time.perf_counter()
-    sitfast.data.build_source = lambda _: Latents()
+    sitfast.data.build_source = lambda _: RandomLatents(SIZE, args.batch)
     cfg = config.load(None, [*settings(job, args.batch, args.folder), *args.overrides])
     with parallel.start(cfg) as world:
 
@@ -253,7 +240,6 @@ def worker(job: Job, args: argparse.Namespace) -> None:
                     file.write(json.dumps({"event": event, **values}) + "\n")
 
         trainer = Trainer(cfg, world)
-        trainer._begin_window()
         synchronize()
         built = time.perf_counter()
         for _ in range(WARM_UP):

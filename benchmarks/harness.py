@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import tuning
+from sitfast.data.sampler import BlockOrder
 from sitfast.kernels import use_reference
 
 GPU = torch.cuda.is_available()
@@ -32,6 +33,8 @@ ROWS = 32768 if GPU else 0  # tokens of a batch, for every N; the CPU takes one 
 CPU_TOKENS = {256: 8, 1024: 16}
 REPEATS, NUM_SETS, FLUSH_BYTES, BUSY_CYCLES = (30, 4, 256 << 20, 500_000) if GPU else (5, 2, 0, 0)
 MAX_BUSY_CYCLES = 200_000_000  # a tenth of a second
+
+NUM_CLASSES, CHANNELS = 1000, 4  # of latents
 
 Direction = Literal["forward", "backward"]
 DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
@@ -147,6 +150,31 @@ def failure(function: Function, case: Case, *, reference: Function | None = None
         if repeats and not torch.equal(ours, repeat):
             return f"result {position} differs from run to run"
     return None
+
+
+class RandomLatents:
+    """Random latents `[4, size, size]` that cost nothing to read, up to `batch` at a time: a source for the Trainer."""
+
+    num_rows, num_classes, channels, class_names = 1 << 20, NUM_CLASSES, CHANNELS, ()
+
+    def __init__(self, size: int, batch: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.image_size = size
+        self._x = torch.randn(batch, CHANNELS, size, size, generator=generator)
+        self._y = torch.randint(0, NUM_CLASSES, (batch,), generator=generator)
+
+    def load(self, row: int) -> tuple[Tensor, int]:
+        place = row % len(self._x)
+        return self._x[place], int(self._y[place])
+
+    def order(self, num_rows: int, seed: int) -> BlockOrder:
+        return BlockOrder(num_rows, seed, block=4096, window=65536)
+
+    def gather(self, rows: Sequence[int], mirrored: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self._x[: len(rows)], self._y[: len(rows)]
+
+    def read_ahead(self, rows: Sequence[int]) -> None:
+        pass
 
 
 class DeviceClock:

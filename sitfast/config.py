@@ -134,7 +134,7 @@ class TrainConfig(Section):
     residual: Literal["bf16", "fp32"] = "bf16"  # of bf16: a bf16 copy of the weights computes, or autocast does, slower
     compile: bool | None = None  # torch.compile of each block; null means on GPUs
     cuda_graph: bool | None = None  # replay a recorded forward and backward; null: on one GPU; true: under ddp too
-    mlp_save: Literal["preact", "both"] = "preact"  # "both" keeps the GELU's output too: faster, for more memory
+    mlp_save: Literal["preact", "both"] = "preact"  # "both" keeps the GELU's output too: hardly faster, for memory
     kernels: Literal["auto", "reference"] = "auto"  # "reference" runs everything in plain PyTorch, to compare with
     device: Literal["auto", "cpu", "cuda"] = "auto"
 

@@ -4,7 +4,7 @@
     fp16                  fp32 weights, autocast, loss scaling
     bf16                  fp32 weights learn, a bf16 copy of them computes: activations and gradients are bf16 throughout,
                           and the update that reads those gradients writes the weights and the copy in one pass
-    bf16, residual=fp32   fp32 weights, autocast: the residual stream stays fp32, for 7 bytes of traffic where 4 would do
+    bf16, residual=fp32   fp32 weights, autocast: the residual stream stays fp32, 15u a norm there and back in place of 10u
 
 Sharded weights (fsdp, hsdp) are gathered in bf16 instead. Gradients of several micro-batches, and of several ranks, are
 added in fp32 in every case.
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -41,23 +42,25 @@ class WorkingCopy:
     def parameters(self) -> dict[str, nn.Parameter]:
         return dict(self.network.named_parameters())
 
+    @cached_property
+    def _pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        """(weight, its copy); asked for once both have memory, which makes them anew."""
+        return list(zip(self.model.parameters(), self.network.parameters(), strict=True))
+
     @torch.no_grad()
     def renew(self) -> None:
         """Round the weights into the copy; the update does so itself from then on."""
-        weights = dict(self.model.named_parameters())
-        for name, parameter in self.network.named_parameters():
-            parameter.copy_(weights[name])
+        for weight, parameter in self._pairs:
+            parameter.copy_(weight)
 
     @torch.no_grad()
     def collect(self) -> None:
         """Add the copy's gradients to those of the model, which are fp32, and drop them."""
-        weights = dict(self.model.named_parameters())
         fresh: list[Tensor] = []
         sums: list[Tensor] = []
-        for name, parameter in self.network.named_parameters():
+        for weight, parameter in self._pairs:
             if parameter.grad is None:
                 continue
-            weight = weights[name]
             if weight.grad is None:
                 weight.grad = parameter.grad.float()
             else:
@@ -72,8 +75,7 @@ class WorkingCopy:
 
         What `collect` has added up before is part of it.
         """
-        weights = dict(self.model.named_parameters())
-        owner = {id(p): weights[name] for name, p in self.network.named_parameters()}
+        owner = {id(parameter): weight for weight, parameter in self._pairs}
 
         def reduce(_, bucket):  # DDP refuses annotations that are strings, as they are in this file
             narrow = bucket.buffer()

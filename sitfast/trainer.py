@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sitfast import checkpoint, config, data, memory, metrics, parallel
+from sitfast import checkpoint, config, data, memory, metrics, parallel, startup
 from sitfast.config import Config
 from sitfast.data.ahead import Ahead
 from sitfast.data.genes import Genes
@@ -31,15 +31,12 @@ from sitfast.evaluate import validation_loss
 from sitfast.graph import WARM_UP, WARM_UP_OF_RANKS, Recorded
 from sitfast.images import replacing, save_grid
 from sitfast.interpolant import Interpolant
-from sitfast.kernels import extension, use_reference
-from sitfast.kernels.attention import describe as describe_attention
+from sitfast.kernels import use_reference
 from sitfast.kernels.interpolate import interpolate
-from sitfast.kernels.mlp import describe as describe_mlp
 from sitfast.loss import interpolant_loss
 from sitfast.model import (
     Mlp,
     build_model,
-    count_parameters,
     forward_macs,
     interpolate_pos_embed,
     load_state,
@@ -156,7 +153,7 @@ class Trainer:
             is_main=world.is_main,
             resume_step=self.step if resumed else None,
         )
-        self.logger.startup(self._summary(len(train_rows), resumed))
+        self.logger.startup(startup.table(self, len(train_rows), resumed=resumed))
         self._begin_window()
 
     # ---------------------------------------------------------------------------------------------------- one step
@@ -476,72 +473,6 @@ class Trainer:
                 f" train.accumulate={self.cfg.train.accumulate}; leave it null"
             )
         return whole and self.world.size == 1 if asked is None else asked
-
-    def _summary(self, num_rows: int, resumed: bool) -> list[tuple[str, str]]:
-        cfg, world = self.cfg, self.world
-        name = (
-            torch.cuda.get_device_name(self.device)
-            if self.device.type == "cuda"
-            else f"CPU, {torch.get_num_threads()} threads"
-        )
-        shape = " × ".join(map(str, self.model.shape)) + (" genes" if self.panel else "")
-        what = "cells" if self.panel else "images"
-        weights = "fp32 weights" if self.mesh is None else "gathered in {}, fp32 shards and reductions"
-        precision = {
-            "bf16": "bf16 copy of fp32 weights" if self.copy else f"bf16 autocast, {weights.format('bf16')}",
-            "fp16": f"fp16 autocast, loss scaling, {weights.format('fp16')}",
-        }
-        return [
-            ("device", f"{world.size} × {name}" if world.size > 1 else name),
-            ("model", f"{cfg.model.preset or type(self.model).__name__} on {shape}"),
-            ("parameters", f"{count_parameters(self.model):,} ({metrics.format_count(count_parameters(self.model))})"),
-            ("compute", f"{2 * self.macs / 1e9:.2f} GFLOP an image forward, {6 * self.macs / 1e9:.2f} a training step"),
-            ("objective", f"{cfg.path.prediction} on the {cfg.path.type} path, t {cfg.path.time_sampling}"),
-            ("data", f"{cfg.data.source}: {num_rows:,} {what} to train on, {cfg.data.val_samples:,} held out"),
-            ("batch", f"{cfg.data.batch_size} = {world.size} ranks × {cfg.train.accumulate} micro-batches × "
-             f"{cfg.data.batch_size // world.size // cfg.train.accumulate}"),
-            ("vae", cfg.vae.id or ("none: expression" if self.panel else "none: pixels")),
-            ("precision", precision.get(cfg.train.precision, cfg.train.precision)),
-            ("parallel", self._parallel()),
-            ("memory", f"{self.predicted}" + (f" of {self.memory / 2**30:.1f}" if self.memory else "")),
-            ("compiled", self._compilation()),
-            ("kernels", self._kernels()),
-            ("output", str(self.run_dir)),
-            ("start", f"resumed after step {self.step}" if resumed else "from the beginning"),
-        ]  # fmt: skip
-
-    def _compilation(self) -> str:
-        blocks = "each block, torch.compile" if self.compiled else "nothing"
-        return f"{blocks}; forward and backward as a CUDA graph" if self.recorded else blocks
-
-    def _parallel(self) -> str:
-        """Who holds which part of the weights, and what is computed twice."""
-        settings, world = self.cfg.parallel, self.world
-        if self.mesh is None:
-            text = "one copy of the weights a rank" if world.size > 1 else "none"
-        else:
-            shards = parallel.shard_size(settings, world.size)
-            text = f"{settings.strategy}, weights in {shards} shards"
-            text += f" × {world.size // shards} copies" if settings.strategy == "hsdp" else ""
-            text += ", freed after forward" if settings.reshard_after_forward else ", kept until backward"
-        again = {"none": "", "selective": "; all but matrix products recomputed", "block": "; blocks recomputed"}
-        return text + again[settings.activation_checkpoint]
-
-    def _kernels(self) -> str:
-        """What the operations of a block run, and those around the network, and why."""
-        if self.cfg.train.kernels == "reference":
-            return "none: train.kernels=reference runs everything in PyTorch"
-        around = f"draws, loss and update: {extension.describe(self.device)}"
-        if self.device.type == "cpu":
-            return f"{around}; blocks: PyTorch, there are none of our own for the CPU"
-        cfg, width = self.cfg, self.model.config["hidden_size"]
-        dtype = AUTOCAST[cfg.train.precision] or torch.float32
-        rows = cfg.data.batch_size // self.world.size // cfg.train.accumulate * self.model.num_tokens
-        feed_forward = describe_mlp(rows, width, int(width * self.model.config["mlp_ratio"]), dtype, self.device)
-        head = width // self.model.config["num_heads"]
-        attention = describe_attention(self.model.num_tokens, head, dtype, self.device)
-        blocks = f"layer norm and residual: Triton; feed-forward: {feed_forward}; attention: {attention}"
-        return f"{around}; {blocks}"
 
 
 def _fingerprint(source: data.Source) -> dict[str, Any]:

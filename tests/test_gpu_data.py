@@ -2,8 +2,13 @@
 
 import json
 
-from benchmarks import gpu_data
+import pytest
+import torch
+
+from benchmarks import gpu_data, vae_variants
 from benchmarks.gpu_data import Figure, Report
+from benchmarks.vae_variants import attend_by_products, normalize_by_channels
+from tests.test_vae import images, tiny
 
 
 def test_figures_and_errors_are_kept_as_they_come(tmp_path, capsys):
@@ -44,3 +49,23 @@ def test_pictures_are_as_large_as_asked(tmp_path, monkeypatch):
     contents = [file.read_bytes() for file in files]
     assert len(files) == 130 and len(set(contents)) == 64 and contents[0] == contents[64]
     assert abs(sum(map(len, contents)) / 130 - 3000) < 300
+
+
+@pytest.mark.parametrize("few", [4096, 0])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_variant_of_the_encoder_is_the_same_function(few, memory_format, monkeypatch):
+    monkeypatch.setattr(vae_variants, "_FEW_TOKENS", few)
+    model = tiny().requires_grad_(False).to(memory_format=memory_format)
+    with torch.no_grad():
+        for parameter in model.encoder.parameters():
+            parameter.normal_(0.3, 0.3)  # norms that are not the identity, and means beside zero
+    x, keys = images().contiguous(memory_format=memory_format), list(model.state_dict())
+    expected, expected_fp64 = model.encoder(x), model.double().encoder(x.double())
+    model.float()
+    for tune in (attend_by_products, normalize_by_channels):
+        tune(model.encoder)
+    got = model.encoder(x)
+    own = (expected - expected_fp64).norm() / expected_fp64.norm()
+    assert (got - expected_fp64).norm() / expected_fp64.norm() < 4 * own
+    assert list(model.state_dict()) == keys
+    assert not any(type(module) is torch.nn.GroupNorm for module in model.encoder.modules())
