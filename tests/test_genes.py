@@ -75,7 +75,8 @@ def test_macs_are_those_that_pytorch_counts():
     made, (x, t, y) = model(), inputs()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         made(x, t, y)
-    assert counter.get_total_flops() == 2 * 4 * forward_macs(made)
+    attention = 2 * 2 * 3**2 * 16  # of two blocks and three tokens; the counter does not know attention on a CPU
+    assert counter.get_total_flops() == 2 * 4 * (forward_macs(made) - attention)
 
 
 @pytest.mark.parametrize(
@@ -95,15 +96,15 @@ def test_another_number_of_genes():
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
-    """400 cells of three types, each with ten genes of its own and two programs that its cells share in part."""
+    """1,000 cells of three types, each with ten genes of its own and two programs that its cells share in part."""
     random = np.random.default_rng(0)
-    labels = random.integers(0, 3, 400)
-    rate = np.tile(random.uniform(0.5, 4, GENES), (400, 1))
+    labels = random.integers(0, 3, 1000)
+    rate = np.tile(random.uniform(0.5, 4, GENES), (1000, 1))
     for kind in range(3):
         rate[np.ix_(labels == kind, np.arange(kind * 10, kind * 10 + 10))] *= 6
-    rate[:, 30:40] *= np.exp(random.normal(size=(400, 1)))
-    counts = random.poisson(rate * random.uniform(0.5, 2, (400, 1))).astype(np.float32)
-    cells = [f"cell{k}" for k in range(400)]
+    rate[:, 30:40] *= np.exp(random.normal(size=(1000, 1)))
+    counts = random.poisson(rate * random.uniform(0.5, 2, (1000, 1))).astype(np.float32)
+    cells = [f"cell{k}" for k in range(1000)]
     obs = pandas.DataFrame({"type": pandas.Categorical.from_codes(labels, TYPES)}, index=cells)
     var = pandas.DataFrame(index=[f"gene{k}" for k in range(GENES)])
     path = tmp_path_factory.mktemp("cells") / "cells.h5ad"
@@ -121,10 +122,10 @@ def cache(tmp_path_factory):
 def run_of(file, folder, *more):
     return [
         "data.source=genes", f"data.path={file}", "data.label_column=type", "data.batch_size=64", "data.num_workers=0",
-        "data.flip=false", "data.val_samples=100", "vae.id=null", "model.preset=null", "model.patch_size=8",
+        "data.flip=false", "data.val_samples=250", "vae.id=null", "model.preset=null", "model.patch_size=8",
         "model.hidden_size=48", "model.depth=2", "model.num_heads=2", "model.num_classes=3", "model.learn_sigma=false",
         "optim.lr=3e-3", "optim.betas=[0.9, 0.99]", "optim.schedule=cosine", "optim.warmup_steps=20", "ema.decays=[0.98]",
-        "ema.warmup=true", "train.steps=400", "train.precision=fp32", "train.device=cpu", "log.tensorboard=false",
+        "ema.warmup=true", "train.steps=800", "train.precision=fp32", "train.device=cpu", "log.tensorboard=false",
         "log.val_every=200", "log.val_bins=4", "sample.cfg=1.5", "sample.steps=20", "sample.batch_size=300",
         f"output_dir={folder}", *more,
     ]  # fmt: skip
@@ -148,7 +149,7 @@ def test_generated_cells_are_like_real_ones(trained, capsys):
     assert found["distance"] > 0.5 * found["real_distance"]  # no copies
     assert len(found["val_loss_bins"]) == 4
     said = capsys.readouterr().out
-    assert "100 held-out cells" in said and f"{found['label_share']:.1%}" in said
+    assert "250 held-out cells" in said and f"{found['label_share']:.1%}" in said
 
 
 def test_cells_of_other_types_fail_the_figure(trained):
@@ -156,9 +157,9 @@ def test_cells_of_other_types_fail_the_figure(trained):
     source = data.build_source(run.cfg.data)
     labels = sample.labels_for(90, None, 3)
     x = run.generate(labels, seed=1)
-    read = [evaluate.evaluate_genes.read_cells(x, y, source, val_samples=100) for y in (labels, (labels + 1) % 3)]
+    read = [evaluate.evaluate_genes.read_cells(x, y, source, val_samples=250) for y in (labels, (labels + 1) % 3)]
     assert read[0]["label_share"] > 0.8 and read[1]["label_share"] < 0.2
-    noise = evaluate.evaluate_genes.read_cells(torch.rand_like(x), labels, source, val_samples=100)
+    noise = evaluate.evaluate_genes.read_cells(torch.rand_like(x), labels, source, val_samples=250)
     assert noise["mean_correlation"] < 0.5 and noise["variance_correlation"] < 0.5
 
 
@@ -170,13 +171,13 @@ def test_samples_are_written_as_cells(trained, tmp_path, capsys):
     assert read.obs["type"].tolist() == ["T", "B"] * 3 and read.obs["type"].cat.categories.tolist() == TYPES
     assert read.var_names.tolist() == [f"gene{k}" for k in range(GENES)]
     assert read.X.min() >= 0 and 1 < read.X.max() < np.log1p(1e4)
-    assert read.uns["sitfast"]["transform"] == "log1p" and read.uns["sitfast"]["step"] == 400
+    assert read.uns["sitfast"]["transform"] == "log1p" and read.uns["sitfast"]["step"] == 800
     run = sample.Restored(str(trained), ema=True, device="cpu", overrides=[])
     torch.testing.assert_close(
         torch.from_numpy(read.X), run.generate(torch.tensor([2, 0] * 3), seed=0), rtol=1e-4, atol=1e-4
     )
     sample.main(["--ckpt", str(trained), "--num", "2"])  # the form is that of the data where none is named
-    assert anndata.read_h5ad(trained / "samples-400.h5ad").shape == (2, GENES)
+    assert anndata.read_h5ad(trained / "samples-800.h5ad").shape == (2, GENES)
 
 
 @pytest.mark.parametrize(
@@ -201,16 +202,16 @@ def test_names_of_classes():
 
 def test_a_run_resumes_bit_for_bit_in_the_middle_of_an_epoch(file, tmp_path):
     short = [
-        "train.steps=9",
-        "checkpoint.every=3",
+        "train.steps=18",
+        "checkpoint.every=6",
         "log.val_every=0",
         "optim.schedule=constant",
         "optim.warmup_steps=0",
     ]
     train(*run_of(file, tmp_path / "whole", *short))
-    train(*run_of(file, tmp_path / "parts", *short, "train.steps=6"))  # 384 samples, of epochs of 300
+    train(*run_of(file, tmp_path / "parts", *short, "train.steps=14"))  # 896 samples, of epochs of 750
     train(*run_of(file, tmp_path / "parts", *short, "data.num_workers=1"))
-    assert_equal(tmp_path / "whole/checkpoint-9", tmp_path / "parts/checkpoint-9")
+    assert_equal(tmp_path / "whole/checkpoint-18", tmp_path / "parts/checkpoint-18")
 
 
 def test_a_run_does_not_go_on_with_other_cells(file, tmp_path):
