@@ -65,7 +65,7 @@ class Panel(Pixels):
 
     def standardize(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
         """Values [n, G] → x [n, G]."""
-        return (values - self.mean) / np.float32(self.scale)
+        return ((values - self.mean) / np.float32(self.scale)).astype(np.float32, copy=False)
 
     def decode(self, z: Tensor) -> Tensor:
         """x [B, G] → fp32 values [B, G]."""
