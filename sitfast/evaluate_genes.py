@@ -23,10 +23,12 @@ def split(source: Genes, val_samples: int) -> tuple[NDArray[np.int64], NDArray[n
 def read_cells(values: Tensor, labels: Tensor, source: Genes, *, val_samples: int) -> dict[str, float]:
     """Figures of generated expression `[N, G]` asked for with labels `[N]`:
 
-    classifier_accuracy, label_share      of held-out cells, and of generated ones, that a logistic regression on
-                                          standardised training cells reads as their type
+    classifier_accuracy, label_share      of held-out cells, and of generated ones, that a logistic regression, fitted to
+                                          the training cells, reads as their type
     mean_correlation, variance_…          Pearson's, over genes, of the moments of generated and of held-out cells;
     real_mean_correlation, …              of training and of held-out cells
+    total_variance, real_…                the sum over genes of the variances, of generated and of training cells, as a
+                                          multiple of that of held-out ones: a correlation does not see it
     distance, real_distance               median distance to the nearest training cell, of generated and of held-out cells:
                                           much less than the real one would be copies
     """
@@ -49,6 +51,8 @@ def read_cells(values: Tensor, labels: Tensor, source: Genes, *, val_samples: in
         for whose, cells in (("", made), ("real_", train)):
             of_cells = moment(cells, axis=0, dtype=np.float64)
             result[f"{whose}{name}_correlation"] = float(np.corrcoef(of_cells, of_test)[0, 1])
+            if name == "variance":
+                result[f"{whose}total_variance"] = float(of_cells.sum() / of_test.sum())
     for whose, cells in (("", made), ("real_", test)):
         nearest = pairwise_distances_argmin_min(cells, train)[1]
         result[f"{whose}distance"] = float(np.median(nearest))
@@ -62,6 +66,7 @@ def describe(result: dict[str, float], num: int, guidance: float) -> str:
         ("read as their type by a classifier", "label_share", "classifier_accuracy", ".1%"),
         ("means of the genes, correlation with held-out", "mean_correlation", "real_mean_correlation", ".3f"),
         ("variances of the genes, the same", "variance_correlation", "real_variance_correlation", ".3f"),
+        ("their sum, as a multiple of that of held-out", "total_variance", "real_total_variance", ".2f"),
         ("median distance to the nearest training cell", "distance", "real_distance", ".2f"),
     ]
     for text, made, real, form in rows:

@@ -1,11 +1,13 @@
 """Gene expression of single cells from an .h5ad file, and samples back into one.
 
-    counts ─ · 10⁴ / total of the cell ─ log(1 + x) ─▶ values v [n, G] ─ (v − mean) / std of the gene ─▶ x [B, G]
+    counts ─ · 10⁴ / total of the cell ─ log(1 + x) ─▶ values v [n, G] ─ (v − mean of the gene) / scale ─▶ x [B, G]
 
 `data.layer` says where the matrix is (null: X, "raw": .raw, or the name of a layer), `data.transform` whether it holds counts
 ("log1p": the line above) or values normalised already ("none": they are taken as they are). With `data.num_genes` the most
-variable genes are kept, by the normalised dispersion of Satija et al. 2015 (see `most_variable`). Which genes, means and
-standard deviations come from the training rows alone; a checkpoint keeps them, so that sampling needs no file.
+variable genes are kept, by the normalised dispersion of Satija et al. 2015 (see `most_variable`). The scale is one number for
+all genes, the root of their mean variance: x has variance 1 on the whole, and a gene that is hardly ever expressed does not
+weigh as much as one that tells cells apart. Which genes, means and scale come from the training rows alone; a checkpoint keeps
+them, so that sampling needs no file.
 
 The values of a file are written once, row after row in fp32, and mapped into memory from then on: the copy lies in
 ~/.cache/sitfast for as long as the file (its path, size and time) and the settings stay as they are.
@@ -56,29 +58,27 @@ class Panel(Pixels):
 
     names: list[str]
     mean: NDArray[np.float32]  # [G]
-    std: NDArray[np.float32]  # [G]; 0 for a gene that never varies
+    scale: float  # values are x times that
     low: float | None  # 0 where no value is negative: a sample is raised to it, as a pixel is clamped
     transform: str
     label_column: str | None
 
     def standardize(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
         """Values [n, G] → x [n, G]."""
-        return (values - self.mean) / np.where(self.std > 0, self.std, 1).astype(np.float32)
+        return ((values - self.mean) / np.float32(self.scale)).astype(np.float32, copy=False)
 
     def decode(self, z: Tensor) -> Tensor:
         """x [B, G] → fp32 values [B, G]."""
-        mean, std = (torch.from_numpy(part).to(z.device) for part in (self.mean, self.std))
-        values = z.float() * std + mean
+        values = z.float() * self.scale + torch.from_numpy(self.mean).to(z.device)
         return values if self.low is None else values.clamp_min(self.low)
 
     def state(self) -> dict[str, Any]:
         """As a checkpoint keeps it."""
-        return {**self.__dict__, "mean": self.mean.tolist(), "std": self.std.tolist()}
+        return {**self.__dict__, "mean": self.mean.tolist()}
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> Panel:
-        arrays = {name: np.array(state[name], np.float32) for name in ("mean", "std")}
-        return cls(**{**state, **arrays})
+        return cls(**{**state, "mean": np.array(state["mean"], np.float32)})
 
 
 class Genes:
@@ -226,10 +226,14 @@ def _convert(path: Path, folder: Path, settings: dict[str, Any]) -> None:
         mean, variance = _moments(linear, training.sum(), ddof=1)
         kept = np.sort(most_variable(mean, variance, count))
     mean, variance = _moments(sums[:, kept], training.sum(), ddof=0)
+    if not variance.any():
+        raise SitfastError(
+            f"{where}: no gene varies among the {training.sum()} training cells; give a file with more cells"
+        )
     panel = Panel(
         names=[str(name) for name in names[kept]],
         mean=mean.astype(np.float32),
-        std=np.sqrt(variance).astype(np.float32),
+        scale=float(np.sqrt(variance.mean())),
         low=0.0 if least >= 0 else None,
         transform=transform,
         label_column=settings["label_column"],
