@@ -91,8 +91,11 @@ def read(
 def _read_ours(path: Path, ema: bool, prediction: str | None) -> Source:
     folder = checkpoint.find_checkpoint(path)
     cfg = config.load(folder / "config.yaml")
+    model = checkpoint.read_state(folder)["model"]
+    if model.get("genes"):
+        raise SitfastError(f"{folder} is a model of genes, which no other layout has; sitfast.sample reads it as it is")
     with torch.device("meta"):
-        kwargs = build_model(**checkpoint.read_state(folder)["model"]).config
+        kwargs = build_model(**model).config
     weights = {key: tensor.float() for key, tensor in checkpoint.find_weights(folder, ema=ema).items()}
     network = Network(kwargs, weights, "data", prediction or cfg.path.prediction)
     which = "averages" if ema and (folder / "ema.safetensors").exists() else "weights"

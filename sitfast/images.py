@@ -117,8 +117,8 @@ def plot_loss(metrics_path: Path, png: Path) -> Path:
     except ImportError:
         raise SitfastError('the loss curve needs matplotlib; pip install "sitfast[demo]"') from None
 
-    steps, losses = _series(metrics_path, "train", "loss")
-    val_steps, val_losses = _series(metrics_path, "val", "val_loss")
+    steps, losses = series(metrics_path, "train", "loss")
+    val_steps, val_losses = series(metrics_path, "val", "val_loss")
     if not len(losses):
         raise SitfastError(f"{metrics_path} holds no training loss; train longer or lower log.every")
 
@@ -162,7 +162,7 @@ def _picture(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 
 
-def _series(path: Path, kind: str, name: str) -> tuple[np.ndarray, np.ndarray]:
+def series(path: Path, kind: str, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps and values of `name` in the records of one kind; null, which stands for NaN, is passed over."""
     try:
         records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]

@@ -404,6 +404,16 @@ def test_arguments_that_cannot_work(tmp_path, arguments, says):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_model_of_genes_is_refused(tmp_path):
+    net = SiT(input_size=8, patch_size=4, in_channels=1, hidden_size=16, depth=1, num_heads=2, num_classes=4)
+    state = {"samples": 0, "window": [], "model": {"genes": True, **net.config}}
+    settings = {"model": net.state_dict(), "emas": {}, "optimizer": {}, "state": state}
+    text = config.dump(config.load(None, ["data.path=x"]))
+    checkpoint.save(tmp_path / "run", 1, **settings, config_yaml=text, keep=0)
+    with pytest.raises(SitfastError, match="checkpoint-1 is a model of genes"):
+        run(tmp_path / "run", "--to", "official", "--out", tmp_path / "x.pt")
+
+
 def test_nothing_is_overwritten(tmp_path):
     source = saved(tmp_path, foreign())
     with pytest.raises(SitfastError, match="exists"):
