@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +113,17 @@ def test_what_a_stage_takes_over(straight, images, tmp_path, monkeypatch):
         seen[path.name] = said, {kind: {k: v.clone() for k, v in values.items()} for kind, values in copies}
         return said
 
+    trainers = []
+    run = Trainer.run
+
+    def running(self):
+        assert all(
+            earlier() is None for earlier in trainers
+        )  # what it held is free before the next stage takes its own
+        trainers.append(weakref.ref(self))
+        return run(self)
+
+    monkeypatch.setattr(Trainer, "run", running)
     monkeypatch.setattr(growing, "grow", spying)
     grown(*staged(images), f"output_dir={tmp_path}")
     embedder, last = "x_embedder.proj.weight", ("final_layer.linear.weight", "final_layer.linear.bias")
@@ -277,3 +289,14 @@ def test_stages_add_up(images):
     plain = cfg.model_copy(update={"stages": ()})
     assert config.stage_configs(plain) == [plain]
     assert growing.stages(plain)[0].last == plain.train.steps
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("settings", [[], ["train.compile=true"]])
+def test_stages_recorded_on_a_gpu_are_the_stages(images, tmp_path, settings):
+    """Each stage records its own step; the losses are those of the run that records nothing."""
+    wide = ["model.hidden_size=768", "model.num_heads=12", "train.device=cuda", "train.precision=bf16"]
+    for graph in ("false", "true"):
+        more = ["train.compile=false", *settings, f"train.cuda_graph={graph}", f"output_dir={tmp_path / graph}"]
+        grown(*staged(images), *wide, *more)
+    assert len(losses(tmp_path / "true")) == 15 and losses(tmp_path / "true") == losses(tmp_path / "false")
