@@ -12,10 +12,12 @@ import json
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 from sitfast import cli, config, parallel, train
 from sitfast.images import replacing
+from sitfast.model import build_model, forward_macs
 
 SIZE = 16
 SETTINGS = [
@@ -49,6 +51,17 @@ def run(out: Path, name: str, stages: list[dict[str, float]]) -> list[dict[str, 
         if train.train(cfg, world) is not None:
             raise KeyboardInterrupt  # it said how to continue
     return [json.loads(line) for line in (out / name / "metrics.jsonl").read_text().splitlines()]
+
+
+def compute(folder: Path) -> int:
+    """FLOPs of all training steps of a run."""
+    total, cfg = 0, config.load(folder / "config.yaml")
+    for stage in config.stage_configs(cfg):
+        sizes = stage.model.model_dump(exclude={"init_from"}, exclude_none=True)
+        with torch.device("meta"):
+            model = build_model(input_size=stage.data.image_size, in_channels=3, **sizes)
+        total += 6 * forward_macs(model) * stage.data.batch_size * stage.train.steps
+    return total
 
 
 def draw(runs: dict[str, list[dict[str, float]]], boundary: int, png: Path) -> None:
@@ -86,11 +99,10 @@ def main(argv: list[str]) -> int:
         "16 px from the start": run(args.out, "straight", [large, large | {"lr": 5e-4}]),
     }
     draw(runs, args.steps, args.out / "growing.png")
-    for name, records in runs.items():
+    for folder, (name, records) in zip(("grown", "straight"), runs.items(), strict=True):
         found = {r["step"]: r["val_loss"] for r in records if r["kind"] == "val"}
-        times = [r["time"] for r in records]
         told = ", ".join(f"{found[step]:.4f} at {step}" for step in sorted(found) if step >= args.steps - 25)
-        print(f"{name}: {times[-1] - times[0]:.0f} s; validation loss {told}")
+        print(f"{name}: {compute(args.out / folder) / 1e12:.2f} TFLOP; validation loss {told}")
     print(args.out / "growing.png")
     return 0
 
