@@ -29,7 +29,7 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -436,17 +436,22 @@ def restore(
     emas: Mapping[float, Mapping[str, Tensor]],
     optimizer: Mapping[str, Tensor],
     world: World,
+    apart: Collection[str] = (),
 ) -> dict[str, Any]:
     """Copy a checkpoint into tensors of the same names, each rank its own rows; returns what `read_state` does.
 
-    All ranks call it; a file that cannot be read on one is an error on all.
+    All ranks call it; a file that cannot be read on one is an error on all. What belongs to the parameters `apart` is left
+    as it is.
     """
     header = _header(path)
     saved = {float(decay): name for decay, name in header["emas"]}
     files = {_MODEL: model, _OPTIMIZER: optimizer} | {saved[decay]: ema for decay, ema in emas.items()}
+    left = {f"{kind}{name}" for kind in ("", "exp_avg.", "exp_avg_sq.") for name in apart}
+    files = {file: {key: value for key, value in ts.items() if key not in left} for file, ts in files.items()}
     for name, tensors in files.items():
         with _readable(path / name):
-            _check_fit(path / name, read_header(path / name), tensors)
+            found = {key: value for key, value in read_header(path / name).items() if key not in left}
+            _check_fit(path / name, found, tensors)
     targets = {f"{name}/{key}": tensor for name, tensors in files.items() for key, tensor in tensors.items()}
     try:
         with warnings.catch_warnings():
@@ -476,6 +481,20 @@ def _check_fit(file: Path, saved: Mapping[str, tuple[torch.dtype, torch.Size]], 
                 f"{file}: {name!r} has shape {tuple(saved[name][1])}, this model needs {tuple(tensor.shape)}; "
                 "use the config it was saved with"
             )
+
+
+def shapes(path: Path) -> dict[str, torch.Size]:
+    """Of the weights of a checkpoint folder, by name."""
+    with _readable(path / _MODEL):
+        return {name: shape for name, (_, shape) in read_header(path / _MODEL).items()}
+
+
+def read(path: Path, names: Collection[str], *, decay: float | None = None) -> dict[str, Tensor]:
+    """Some weights of a checkpoint folder, whole, on the CPU; of the average of `decay` where one is given."""
+    averages = {float(key): name for key, name in _header(path)["emas"]}
+    file = path / (_MODEL if decay is None else averages[decay])
+    with _readable(file), safe_open(file, framework="pt") as content:
+        return {name: content.get_tensor(name) for name in names}
 
 
 def read_state(path: Path) -> dict[str, Any]:

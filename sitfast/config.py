@@ -10,6 +10,7 @@ what `save` wrote into the run folder is what ran.
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,6 +42,7 @@ def _listed(value: Any) -> Any:
     return [value] if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
+Size = Annotated[tuple[Positive, Positive], Field(strict=False)]  # height, width
 Channels = Annotated[tuple[float, ...], BeforeValidator(_listed), Field(min_length=1)]  # one number is a list of one
 
 
@@ -53,6 +55,10 @@ class DataConfig(Section):
     caption_column: str | None = None  # the same, or .txt members; null is no texts
     image_size: Positive = 256  # pixels a side
     batch_size: Positive = 256  # global: over all ranks and accumulated micro-batches
+    resolutions: tuple[Size, ...] = loose(())  # [height, width] of a batch, one drawn a step; none: image_size
+    batch_multiple: Positive = (
+        8  # with resolutions a batch is a multiple of so many images, of batch_size's pixels at most
+    )
     num_workers: Count = 8  # decoding processes a rank; 0 decodes in the training process
     prefetch: Positive = 4  # batches each worker keeps ready
     decoder: Literal["pil", "dali"] = "pil"  # dali decodes JPEGs on the GPU; without a GPU on its own threads
@@ -104,6 +110,7 @@ class ModelConfig(Section):
     num_classes: Positive = 1000
     qk_norm: Literal["none", "rms", "layer"] = "none"  # of each head of q and k, with learned weights
     rope: bool = False  # axial rotary embedding of q and k, beside the position embedding
+    rope_grid: Positive | None = None  # tokens a side that its angles were learned on; null: of the (first) image_size
     learn_sigma: bool = True  # twice the output channels, the second half unused (as published weights have it)
     init_from: str | None = None  # weights to start from: .safetensors, checkpoint folder, or official .pt
 
@@ -180,6 +187,7 @@ class SampleConfig(Section):
     last_step: Literal["none", "mean", "tweedie", "euler"] = "mean"
     last_step_size: Annotated[float, Field(gt=0, lt=1)] = 0.04
     batch_size: Positive = 64  # samples integrated together
+    size: Size | None = None  # [height, width] in pixels; null: data.image_size
 
 
 class ProfileConfig(Section):
@@ -187,6 +195,17 @@ class ProfileConfig(Section):
     stop: Positive | None = None  # first step after the window
     trace: bool = False  # also write a Chrome trace into the run folder
     operators: bool = False  # an NVTX range around every operator in the window, in backward too
+
+
+class StageConfig(Section):
+    """One stage of a run that grows; what it does not name stays as the config has it."""
+
+    steps: Positive  # of this stage; warm-up and cosine span it
+    image_size: Positive
+    batch_size: Positive
+    lr: Annotated[float, Field(gt=0)]
+    patch_size: Positive | None = None  # null: the model's
+    resolutions: tuple[Size, ...] = loose(())  # as data.resolutions
 
 
 class Config(Section):
@@ -204,6 +223,9 @@ class Config(Section):
     log: LogConfig = LogConfig()
     sample: SampleConfig = SampleConfig()
     profile: ProfileConfig = ProfileConfig()
+    stages: tuple[StageConfig, ...] = loose(
+        ()
+    )  # in turn, each from the weights of the one before: {steps, image_size, …}
 
 
 class Problem(NamedTuple):
@@ -260,7 +282,7 @@ def parse(raw: dict[str, Any], problems: list[Problem] | None = None) -> Config:
             _drop(raw, item["loc"])
         cfg = Config.model_validate(raw)  # the rest, so that impossible combinations are reported in the same breath
     broken = {path for problem in problems for path in problem.paths}
-    problems += [p for p in _combinations(cfg) if broken.isdisjoint(p.paths)]
+    problems += [p for p in _impossible(cfg) if broken.isdisjoint(p.paths)]
     if problems:
         raise SitfastError("\n".join(problem.message for problem in problems))
     return cfg
@@ -269,13 +291,44 @@ def parse(raw: dict[str, Any], problems: list[Problem] | None = None) -> Config:
 def check_world(cfg: Config, world_size: int) -> None:
     """The global batch must split evenly over ranks and micro-batches."""
     share = world_size * cfg.train.accumulate
-    if cfg.data.batch_size % share:
+    by = f"world_size={world_size}"
+    if cfg.train.accumulate > 1:
+        by += f" times train.accumulate={cfg.train.accumulate}"
+    if cfg.data.resolutions:
+        from sitfast.data.buckets import kinds
+
+        for bucket in kinds(cfg.data):
+            if bucket.images % share:
+                raise SitfastError(
+                    f"data.resolutions: a batch of {bucket.height} × {bucket.width} has {bucket.images} images, which is not"
+                    f" divisible by {by}; use data.batch_multiple={math.lcm(share, cfg.data.batch_multiple)}"
+                )
+    elif cfg.data.batch_size % share:
         below = cfg.data.batch_size // share * share
         options = f"{below} or {below + share}" if below else f"{share}"
-        by = f"world_size={world_size}"
-        if cfg.train.accumulate > 1:
-            by += f" times train.accumulate={cfg.train.accumulate}"
         raise SitfastError(f"data.batch_size={cfg.data.batch_size} is not divisible by {by}; try {options}")
+
+
+def stage_configs(cfg: Config) -> list[Config]:
+    """What each stage is by itself, as if it were the run: of a config without stages, that config."""
+    made = []
+    for number, stage in enumerate(cfg.stages):
+        data = {"image_size": stage.image_size, "batch_size": stage.batch_size, "resolutions": stage.resolutions}
+        model: dict[str, Any] = {} if stage.patch_size is None else {"patch_size": stage.patch_size}
+        if number:
+            model["init_from"] = None
+        changes = {"data": data, "model": model, "optim": {"lr": stage.lr}, "train": {"steps": stage.steps}}
+        sections = {name: getattr(cfg, name).model_copy(update=fields) for name, fields in changes.items()}
+        made.append(cfg.model_copy(update=sections | {"stages": ()}))
+    return made or [cfg]
+
+
+def one_stage(cfg: Config, command: str) -> Config:
+    """What a command measures that measures one size: of a run in stages the last."""
+    cfg = stage_configs(cfg)[-1]
+    if cfg.data.resolutions:
+        raise SitfastError(f"{command} measures images of one size; use data.resolutions=[] and set data.image_size")
+    return cfg
 
 
 def dump(cfg: Config) -> str:
@@ -293,6 +346,8 @@ def differences(old: Config, new: Config) -> list[str]:
     free: set[str] = set(_FREE)
     if new.optim.schedule == "constant":
         free.add("train.steps")  # under a cosine the number of steps shapes every rate
+    if old.stages and new.stages[: len(old.stages)] == old.stages:
+        free.add("stages")  # further ones may follow
     before, after = dict(_leaves(old.model_dump())), dict(_leaves(new.model_dump()))
     changed = (path for path in after if before[path] != after[path])
     return [f"{p}: {before[p]} → {after[p]}" for p in changed if p not in free and p.split(".")[0] not in free]
@@ -365,6 +420,8 @@ def _explain(item: Any) -> Problem:
         near = difflib.get_close_matches(path, known, n=1, cutoff=0.6)
         same = [k for k in known if k.rsplit(".", 1)[-1] == loc[-1]]
         section = [k for k in known if k.startswith(loc[0] + ".")] if len(loc) > 1 else []
+        if loc[0] == "stages" and len(loc) > 1:
+            near, same, section = [], [], [f"{field} of each stage" for field in StageConfig.model_fields]
         guess = (near or same)[:1]
         hint = f"did you mean {guess[0]}?" if guess else f"known here: {', '.join(section or Config.model_fields)}"
         return Problem((path,), f"{path} is not a setting; {hint}")
@@ -402,8 +459,26 @@ def _drop(raw: dict[str, Any], loc: tuple[int | str, ...]) -> None:
         node[key] = node = dict(node[key])
 
 
+def _impossible(cfg: Config) -> Iterator[Problem]:
+    """Fields that are fine alone and impossible together, in any stage; what is so in all of them is said once."""
+    found: dict[Problem, list[int]] = {}
+    stages = stage_configs(cfg)
+    if cfg.data.source == "genes" and cfg.stages:
+        yield Problem(("data.source", "stages"), "data.source=genes with stages: genes have one size; use stages=[]")
+    if cfg.data.source == "latents" and len({stage.data.image_size for stage in stages}) > 1:
+        rule = "cached latents have one size; train from the images"
+        yield Problem(("data.source", "stages"), f"data.source=latents with stages of several image sizes: {rule}")
+    for number, stage in enumerate(stages):
+        for problem in _combinations(stage):
+            found.setdefault(problem, []).append(number)
+    for (paths, message), numbers in found.items():
+        for number in numbers[:1] if len(numbers) == len(stages) else numbers:
+            where = "" if len(numbers) == len(stages) else f"stages.{number}: "
+            yield Problem((*paths, "stages"), where + message) if cfg.stages else Problem(paths, message)
+
+
 def _combinations(cfg: Config) -> Iterator[Problem]:
-    """Fields that are fine alone and impossible together."""
+    """Those of one stage, or of a run without stages."""
 
     def problem(*paths: str, rule: str) -> Problem:
         values = dict(_leaves(cfg.model_dump()))
@@ -427,6 +502,26 @@ def _combinations(cfg: Config) -> Iterator[Problem]:
         yield problem("data.crop", "data.source", rule="there are no images to crop; use data.crop=center")
     if data.source == "latents" and cfg.vae.id is None:
         yield problem("data.source", "vae.id", rule="name the VAE that made the latents")
+    if data.resolutions:
+        if data.source == "latents":
+            rule = "cached latents have one size; train from the images, or use data.resolutions=[]"
+            yield problem("data.source", "data.resolutions", rule=rule)
+        elif data.source == "genes":
+            yield problem("data.source", "data.resolutions", rule="genes are no images; use data.resolutions=[]")
+        elif data.source == "digits" and any(size != (8, 8) for size in data.resolutions):
+            yield problem("data.source", "data.resolutions", rule="the digits are 8 x 8; use data.resolutions=[]")
+        elif data.decoder == "dali":
+            yield problem("data.decoder", "data.resolutions", rule="DALI decodes to one size; use data.decoder=pil")
+        from sitfast.data.buckets import kinds
+
+        try:
+            kinds(data)
+        except SitfastError as error:
+            yield Problem(("data.resolutions", "data.batch_size", "data.batch_multiple"), str(error))
+    if sample.size is not None and data.source == "genes":
+        yield problem("data.source", "sample.size", rule="genes are no images; use null")
+    if model.rope_grid is not None and not model.rope:
+        yield problem("model.rope_grid", "model.rope", rule="there are no angles to space; use null")
     if cfg.vae.scale is not None and 0 in cfg.vae.scale:
         yield problem("vae.scale", rule="a latent times 0 is nothing; 1 leaves it as it is")
     if data.source == "digits":

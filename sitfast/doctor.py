@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from sitfast import checkpoint_storage, cli, config, data, memory, metrics, parallel
+from sitfast import checkpoint_storage, cli, config, data, growing, memory, metrics, parallel
 from sitfast.config import Config
 from sitfast.errors import SitfastError
 from sitfast.kernels.attention import describe as describe_attention
@@ -234,8 +234,12 @@ def describe_model(cfg: Config) -> SiT:
 
 
 def examine(cfg: Config, world: World) -> list[Finding]:
-    """All checks of this rank. Every rank runs the same ones in the same order: some need all."""
+    """All checks of this rank. Every rank runs the same ones in the same order: some need all.
+
+    Of a run in stages the last one is examined, and the memory of each is predicted.
+    """
     found: list[Finding] = []
+    whole, cfg = cfg, config.stage_configs(cfg)[-1]
 
     def check(name: str, of: Callable[..., Iterator[Finding]], *arguments: Any) -> None:
         try:
@@ -248,7 +252,7 @@ def examine(cfg: Config, world: World) -> list[Finding]:
     check("gpu", gpus, world)
     check("all-reduce", all_reduce, world)
     try:
-        config.check_world(cfg, world.size)
+        growing.each(whole, lambda stage: config.check_world(stage, world.size))
         parallel.shard_size(cfg.parallel, world.size)
         model = describe_model(cfg)
         name = cfg.model.preset or "SiT"
@@ -260,6 +264,8 @@ def examine(cfg: Config, world: World) -> list[Finding]:
     if model is not None:
         check("kernels", kernels, cfg, world, model)
         check("memory", predicted, cfg, world, model)
+        for stage in config.stage_configs(whole)[:-1]:
+            check("memory", predicted, stage, world, describe_model(stage))
     return found
 
 

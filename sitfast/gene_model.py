@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sitfast.errors import SitfastError
-from sitfast.model import MAX_PERIOD, SiT
+from sitfast.model import MAX_PERIOD, Grid, SiT
 
 
 class GeneEmbed(nn.Module):
@@ -49,7 +49,19 @@ class GeneSiT(SiT):
     def _positions(self, hidden_size: int) -> Tensor:
         return sincos_positions(hidden_size, self.num_tokens)
 
-    def _unpatchify(self, tokens: Tensor) -> Tensor:
+    def _check_shape(self, x: Tensor) -> None:
+        if x.ndim != 2 or x.shape[1] != self.input_size:
+            raise SitfastError(
+                f"x has shape {tuple(x.shape)}, the model takes (B, {self.input_size}); give it the genes that it was built for"
+            )
+
+    def _grid_of(self, x: Tensor) -> Grid:
+        return 1, self.num_tokens
+
+    def _placed(self, grid: Grid) -> Tensor:
+        return self.pos_embed
+
+    def _unpatchify(self, tokens: Tensor, grid: Grid) -> Tensor:
         """Patches [B, N, p·C] to [B, G]; the unused sigma half is dropped, and so is what fills the last patch."""
         values = tokens.unflatten(-1, (self.patch_size, self.out_channels))[..., 0]
         return values.flatten(1)[:, : self.input_size]

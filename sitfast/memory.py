@@ -9,11 +9,13 @@ A block that runs our kernels keeps, in units of u: its two normed inputs, qkv (
 residual streams and fc1's pre-activation (mlp_ratio), 10 + mlp_ratio in all; under autocast the streams are fp32, 2 more, and
 train.mlp_save=both keeps mlp_ratio more.
 Measured against this on an H100 (SiT-XL/2, 128 images): 29.6 GiB for 29.7 in bf16, 36.2 for 36.1 under autocast.
+Batches of several sizes have the tokens of data.batch_size images at most (see `buckets`), so that is what is counted.
 It is an estimate for planning: the CUDA context and fragmentation take `RESERVE` on top.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +23,7 @@ from typing import Any
 import torch
 
 from sitfast.config import Config
+from sitfast.data.buckets import kinds
 from sitfast.model import SiT, count_parameters
 from sitfast.parallel import shard_size
 from sitfast.precision import wants_copy
@@ -71,6 +74,8 @@ def predict(cfg: Config, model: SiT, world_size: int) -> Prediction:
         gathered = 2 * parameters if low else 0  # the working copy; or autocast's, kept for the backward pass
         if narrow:
             gradients = 2 * parameters if world_size * accumulate == 1 else 6 * parameters
+        if len(set(cfg.data.resolutions)) > 1 and world_size == 1 and cfg.train.cuda_graph is not False:
+            gradients *= 2  # of the size that runs, and those that the update reads
     else:
         rest = parameters - depth * block
         whole = block * (2 if cfg.parallel.reshard_after_forward else depth) + rest
@@ -90,8 +95,9 @@ def predict(cfg: Config, model: SiT, world_size: int) -> Prediction:
     if cfg.vae.id is not None:
         vae_size = 2 if cfg.vae.precision == "bf16" else 4
         vae = _VAE_PARAMETERS * vae_size
-        images = min(cfg.vae.batch_size, cfg.data.batch_size // world_size // accumulate)
-        encoding = images * cfg.data.image_size**2 * _VAE_CHANNELS * _VAE_TENSORS * vae_size
+        shares = ((min(cfg.vae.batch_size, b.images // world_size // accumulate), b) for b in kinds(cfg.data))
+        pixels = max(images * b.height * b.width for images, b in shares)
+        encoding = pixels * _VAE_CHANNELS * _VAE_TENSORS * vae_size
     return Prediction(
         weights=4 * parameters // shards,
         gradients=gradients,
@@ -117,7 +123,7 @@ def with_changes(cfg: Config, **changes: dict[str, Any]) -> Config:
 
 def fitting_accumulate(cfg: Config, model: SiT, world_size: int, memory: int | None) -> int:
     """The fewest micro-batches that keep the global batch and are predicted to fit; 1 image each if none is."""
-    images = cfg.data.batch_size // world_size
+    images = _images(cfg, world_size)
     counts = [n for n in range(1, images + 1) if images % n == 0]
     if memory is None:
         return 1
@@ -125,6 +131,11 @@ def fitting_accumulate(cfg: Config, model: SiT, world_size: int, memory: int | N
         if predict(with_changes(cfg, train={"accumulate": n}), model, world_size).total + RESERVE <= memory:
             return n
     return images
+
+
+def _images(cfg: Config, world_size: int) -> int:
+    """Into so many micro-batches the batch of a rank can be split, whatever its size."""
+    return math.gcd(*(bucket.images for bucket in kinds(cfg.data))) // world_size
 
 
 def remedies(cfg: Config, model: SiT, world_size: int, memory: int) -> str:
@@ -145,7 +156,7 @@ def remedies(cfg: Config, model: SiT, world_size: int, memory: int) -> str:
         return f"what would fit: {', or '.join(fits.values())}"
     together = with_changes(
         cfg,
-        train={"accumulate": cfg.data.batch_size // world_size},
+        train={"accumulate": _images(cfg, world_size)},
         parallel={"activation_checkpoint": "block", **({"strategy": "fsdp"} if world_size > 1 else {})},
     )
     least = predict(together, model, world_size).total + RESERVE
@@ -153,7 +164,7 @@ def remedies(cfg: Config, model: SiT, world_size: int, memory: int) -> str:
 
 
 def _changes(cfg: Config, world_size: int) -> Iterator[tuple[str, Config]]:
-    images = cfg.data.batch_size // world_size
+    images = _images(cfg, world_size)
     more = [n for n in range(cfg.train.accumulate + 1, images + 1) if images % n == 0]
     for n in more:
         yield f"train.accumulate={n}", with_changes(cfg, train={"accumulate": n})

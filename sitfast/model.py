@@ -32,6 +32,7 @@ from sitfast.kernels.mlp import Save
 from sitfast.kernels.qk_norm_rope import Norm, axial_angles
 from sitfast.shards import assign, like, rows_of
 
+Grid = tuple[int, int]  # rows and columns of tokens
 Angles = tuple[Tensor, Tensor]  # cos and sin [N, d/2] of the rotary embedding
 Pending = tuple[Tensor, Tensor, Tensor]  # y [B, N, D], gate [B, D], bias [D]: gate · (y + bias) is still to be added
 
@@ -204,11 +205,15 @@ class FinalLayer(nn.Module):
 class SiT(nn.Module):
     """Class-conditional transformer: x [B, C, H, W], t [B], y [B] to a prediction [B, C, H, W].
 
+    H and W are input_size, or any others that the patch divides: the position embedding is then interpolated, and the
+    rotary angles are those of rope_grid × rope_grid tokens (null: of input_size) seen at another scale.
+
     y = num_classes is the null class, which exists only if class_dropout_prob > 0. With learn_sigma the network has
     twice the output channels and the second half is dropped.
 
-    What a token is, and how many there are, stands in `_check_size`, `_lay_out`, `_positions`, `_rope`, `_unpatchify` and
-    `shape` alone: a model of other data than images overrides them (`sitfast.gene_model`).
+    What a token is, and how many there are, stands in `_check_size`, `_check_shape`, `_lay_out`, `_positions`, `_grid_of`,
+    `_placed`, `_rope`, `_unpatchify` and `shape` alone: a model of other data than images overrides them
+    (`sitfast.gene_model`).
     """
 
     returns_sigma = False
@@ -228,6 +233,7 @@ class SiT(nn.Module):
         learn_sigma: bool = True,
         qk_norm: Norm = "none",
         rope: bool = False,
+        rope_grid: int | None = None,
     ) -> None:
         super().__init__()
         self.config: dict[str, Any] = {
@@ -243,6 +249,7 @@ class SiT(nn.Module):
             "learn_sigma": learn_sigma,
             "qk_norm": qk_norm,
             "rope": rope,
+            "rope_grid": rope_grid,
         }
         _check_config(self.config)
         self._check_size()
@@ -257,7 +264,7 @@ class SiT(nn.Module):
         mlp_size = int(hidden_size * mlp_ratio)
         self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mlp_size, qk_norm) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_values * self.out_channels)
-        self._angles: dict[torch.device, Angles] = {}
+        self._angles: dict[tuple[torch.device, Grid], Angles] = {}
         if not self.pos_embed.is_meta:
             self.initialize_weights()
 
@@ -286,13 +293,14 @@ class SiT(nn.Module):
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """The prediction for x_t [B, C, H, W] at times t [B] with labels y [B]: [B, C, H, W]."""
         self._check_inputs(x, t, y)
-        tokens = self.x_embedder(x) + self.pos_embed
+        grid = self._grid_of(x)
+        tokens = self.x_embedder(x) + self._placed(grid)
         c_silu = F.silu(self.t_embedder(t) + self.y_embedder(y))
         pending = None
-        rope = self._rope(x.device) if self.config["rope"] else None
+        rope = self._rope(x.device, grid) if self.config["rope"] else None
         for block in self.blocks:
             tokens, pending = block(tokens, pending, c_silu, rope)
-        return self._unpatchify(self.final_layer(tokens, pending, c_silu))
+        return self._unpatchify(self.final_layer(tokens, pending, c_silu), grid)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -318,27 +326,39 @@ class SiT(nn.Module):
         """The position embedding [1, N, D] on the CPU."""
         return sincos_pos_embed(hidden_size, self.grid)
 
-    def _rope(self, device: torch.device) -> Angles:
-        """No buffers: the angles stay fp32 whatever the model is cast to, and weights of any grid fit."""
-        if device not in self._angles:
-            self._angles[device] = axial_angles(
-                self.grid, self.config["hidden_size"] // self.config["num_heads"], device
-            )
-        return self._angles[device]
+    def _grid_of(self, x: Tensor) -> Grid:
+        return x.shape[2] // self.patch_size, x.shape[3] // self.patch_size
 
-    def _unpatchify(self, tokens: Tensor) -> Tensor:
+    def _placed(self, grid: Grid) -> Tensor:
+        """The position embedding [1, h·w, D] of a grid."""
+        return interpolate_pos_embed(self.pos_embed, grid)
+
+    def _rope(self, device: torch.device, grid: Grid | None = None) -> Angles:
+        """No buffers: the angles stay fp32 whatever the model is cast to, and weights of any grid fit."""
+        key = device, grid or (self.grid, self.grid)
+        if key not in self._angles:
+            head = self.config["hidden_size"] // self.config["num_heads"]
+            base = self.config["rope_grid"] or self.grid
+            self._angles[key] = axial_angles(key[1], head, device, base=base)
+        return self._angles[key]
+
+    def _unpatchify(self, tokens: Tensor, grid: Grid) -> Tensor:
         """Patches [B, N, p·p·C], channels fastest, to images [B, C, H, W]; here the unused sigma half is dropped."""
         channels = self.out_channels if self.returns_sigma else self.in_channels
-        grid, patch = self.grid, self.patch_size
-        patches = tokens.view(-1, grid, grid, patch, patch, self.out_channels)[..., :channels]
-        return patches.permute(0, 5, 1, 3, 2, 4).reshape(-1, channels, self.input_size, self.input_size)
+        (rows, columns), patch = grid, self.patch_size
+        patches = tokens.view(-1, rows, columns, patch, patch, self.out_channels)[..., :channels]
+        return patches.permute(0, 5, 1, 3, 2, 4).reshape(-1, channels, rows * patch, columns * patch)
+
+    def _check_shape(self, x: Tensor) -> None:
+        patch = self.patch_size
+        if x.ndim != 4 or x.shape[1] != self.in_channels or x.shape[2] % patch or x.shape[3] % patch:
+            raise SitfastError(
+                f"x has shape {tuple(x.shape)}, the model takes (B, {self.in_channels}, H, W) with sides divisible by "
+                f"{patch}; resize the input, or build the model with the matching in_channels and patch_size"
+            )
 
     def _check_inputs(self, x: Tensor, t: Tensor, y: Tensor) -> None:
-        if x.ndim != 1 + len(self.shape) or x.shape[1:] != self.shape:
-            raise SitfastError(
-                f"x has shape {tuple(x.shape)}, the model takes (B, {', '.join(map(str, self.shape))}); "
-                f"resize the input, or build the model with the matching input_size and in_channels"
-            )
+        self._check_shape(x)
         for name, tensor in (("t", t), ("y", y)):
             if tensor.shape != x.shape[:1]:
                 raise SitfastError(
@@ -372,6 +392,8 @@ def _check_config(config: dict[str, Any]) -> None:
         raise SitfastError(f"hidden_size={width} is not divisible by num_heads={heads}; change one of them")
     if config["rope"] and width // heads % 4:
         raise SitfastError(f"rope=true needs heads of a width divisible by 4, not {width // heads}; change num_heads")
+    if config["rope_grid"] is not None and config["rope_grid"] < 1:
+        raise SitfastError(f"rope_grid={config['rope_grid']} is not positive; use the grid that the weights learned on")
 
 
 def timestep_sinusoids(t: Tensor) -> Tensor:
@@ -395,20 +417,24 @@ def sincos_pos_embed(hidden_size: int, grid: int) -> Tensor:
     return torch.cat((columns, rows), dim=-1).reshape(1, grid * grid, hidden_size).float()
 
 
-def interpolate_pos_embed(embed: Tensor, new_grid: int) -> Tensor:
-    """A position embedding [1, N, D] on a square grid, resampled to [1, new_grid², D]: bicubic, in fp32."""
+def interpolate_pos_embed(embed: Tensor, new_grid: int | Grid) -> Tensor:
+    """A position embedding [1, N, D] on a square grid, resampled to [1, new_grid², D], or to h × w: bicubic, in fp32.
+
+    Token i of n stands where (i + ½) · g / n − ½ of the old row of g stands, on each axis by itself.
+    """
     tokens = embed.shape[1]
     grid = math.isqrt(tokens)
     if grid * grid != tokens:
         raise SitfastError(
             f"pos_embed has {tokens} tokens, which is not a square grid; only square grids can be resized"
         )
-    if new_grid < 1:
+    size = (new_grid, new_grid) if isinstance(new_grid, int) else new_grid
+    if min(size) < 1:
         raise SitfastError(f"new_grid={new_grid} is not positive; use input_size // patch_size")
-    if new_grid == grid:
+    if size == (grid, grid):
         return embed
     image = embed.float().reshape(1, grid, grid, -1).permute(0, 3, 1, 2)
-    resized = F.interpolate(image, size=(new_grid, new_grid), mode="bicubic", align_corners=False)
+    resized = F.interpolate(image, size=size, mode="bicubic", align_corners=False)
     return resized.flatten(2).transpose(1, 2).contiguous().to(embed.dtype)
 
 
@@ -462,9 +488,11 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def forward_macs(model: SiT) -> int:
-    """Multiply-accumulates of one forward pass an image; a training step costs 6 FLOPs for each."""
-    width, depth, tokens = model.config["hidden_size"], model.config["depth"], model.num_tokens
+def forward_macs(model: SiT, tokens: int | None = None) -> int:
+    """Multiply-accumulates of one forward pass an image of so many tokens (None: of input_size); a training step costs 6
+    FLOPs for each."""
+    width, depth = model.config["hidden_size"], model.config["depth"]
+    tokens = model.num_tokens if tokens is None else tokens
     mlp_size = int(width * model.config["mlp_ratio"])
     condition = FREQUENCY_DIM * width + width**2 + depth * 6 * width**2 + 2 * width**2
     linears = tokens * (3 * width**2 + width**2 + 2 * width * mlp_size)  # qkv, proj, fc1 and fc2

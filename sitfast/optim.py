@@ -125,6 +125,8 @@ class Update:
     - fp16 gradients that overflow halve the loss scale and are counted in `skipped`, whatever `on_nonfinite` says; they
       stop the run only when the scale would fall below 1. The scale doubles after 2000 good steps in a row.
 
+    The learning rate is that of `total_steps` updates from `first_step` on.
+
     `all_reduce_max`, where there are several ranks, returns the elementwise maximum of an fp32 tensor over them; it
     runs once a step, so that all ranks decide alike and name the same culprit by its `rank`.
     """
@@ -137,6 +139,7 @@ class Update:
         ema: Any,
         total_steps: int,
         precision: str,
+        first_step: int = 0,
         all_reduce_max: Callable[[Tensor], Tensor] | None = None,
         rank: int = 0,
         seed: int = 0,
@@ -145,7 +148,7 @@ class Update:
         self._params = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._copies = {name: p for name, p in (copies or {}).items() if p.requires_grad}
         self._optim = optim
-        self._total_steps = total_steps
+        self._total_steps, self._first_step = total_steps, first_step
         self._fp16 = precision == "fp16"
         self._all_reduce_max = all_reduce_max
         self._rank = rank
@@ -217,7 +220,9 @@ class Update:
         if self._optim.clip_norm is not None:
             clip = ((norm + _CLIP_EPS) / self._optim.clip_norm).clamp(min=1.0)
             divisor = clip if divisor is None else divisor * clip
-        self.optimizer.param_groups[0]["lr"] = lr = learning_rate(step, self._optim, self._total_steps)
+        self.optimizer.param_groups[0]["lr"] = lr = learning_rate(
+            step - self._first_step, self._optim, self._total_steps
+        )
         state, shadows = self.optimizer.state, [self.ema.state(i) for i in range(len(self.ema.decays))]
         decays = [self.ema.decay(i, step) for i in range(len(shadows))]
         idle = self._params.keys() - learning.keys()

@@ -275,13 +275,19 @@ def _code() -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 
-def prepare_blocks(blocks: nn.ModuleList, *, activation_checkpoint: str, compiled: bool) -> None:
-    """Checkpoint and compile each block in place. Blocks share their code, so the compiler works once for all."""
+def prepare_blocks(blocks: nn.ModuleList, *, activation_checkpoint: str, compiled: bool, sizes: int = 1) -> None:
+    """Checkpoint and compile each block in place. Blocks share their code, so the compiler works once for all.
+
+    Images of several `sizes` have code for each, none for sizes in general.
+    """
     if compiled:
         import torch._dynamo
 
         # It would cut the graph of a block where a bucket of DistributedDataParallel is full: the blocks are its parts.
         torch._dynamo.config.optimize_ddp = False
+        if sizes > 1:
+            torch._dynamo.config.automatic_dynamic_shapes = False
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * sizes)
     for block in blocks:
         if activation_checkpoint != "none":
             block.forward = _recomputed(block.forward, selective=activation_checkpoint == "selective")

@@ -40,6 +40,7 @@ class Stream(IntEnum):
     ROUNDING = 8  # the rounding of bf16 moments; `index` is the tensor, `step` the update
     WINDOW = 9  # the order within a window of blocks
     CROP = 10  # zoom, top and left of a random crop
+    BUCKET = 11  # the size of the images of a batch; `index` is the update
 
 
 def philox4x32(counter: tuple[Any, Any, Any, Any], key: tuple[int, int]) -> tuple[Any, Any, Any, Any]:

@@ -194,7 +194,7 @@ def main(argv: list[str]) -> int:
     for name, value, least in (("--steps", args.steps, 1), ("--warmup", args.warmup, _LEAST_WARMUP)):
         if value < least:
             raise SitfastError(f"{name}={value} is too few; use {least} or more")
-    cfg = config.load(args.config, args.overrides)
+    cfg = config.one_stage(config.load(args.config, args.overrides), "sitfast.profile")
     with parallel.start(cfg) as world, tempfile.TemporaryDirectory(prefix="sitfast-run-") as scratch:
         out = Path(scratch)
         if world.is_main:

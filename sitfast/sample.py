@@ -52,16 +52,28 @@ def generate(
 
     The model runs uncompiled here.
     """
+    shape = model.shape
+    if settings.size is not None:
+        shape = (model.config["in_channels"], *latent_size(settings.size, model, vae.downsample))
     device = next(model.parameters()).device
     done = []
     with torch.compiler.set_stance("force_eager"):  # batches of other sizes must not make the blocks compile again
         for index in torch.arange(len(labels), device=device).split(settings.batch_size):
             y = labels.to(device)[index]
-            noise = start_noise(seed, index, model.shape)
+            noise = start_noise(seed, index, shape)
             x, _ = sample(model, interpolant, noise, y, null=null, settings=settings, seed=seed, index=index)
             x = vae.decode(x).float()
             done.append((x.clamp(-1, 1) if x.ndim == 4 else x).cpu())
     return torch.cat(done)
+
+
+def latent_size(size: tuple[int, int], model: SiT, downsample: int) -> tuple[int, int]:
+    """Height and width of what the model makes for images of `size`."""
+    unit = downsample * model.config["patch_size"]
+    if size[0] % unit or size[1] % unit:
+        near = [max(round(side / unit), 1) * unit for side in size]
+        raise SitfastError(f"sample.size={list(size)} is not divisible by {unit}, the pixels of a patch; try {near}")
+    return size[0] // downsample, size[1] // downsample
 
 
 class Restored:

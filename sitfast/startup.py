@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from sitfast.trainer import Trainer
 
 
-def table(run: Trainer, num_rows: int, *, resumed: bool) -> list[tuple[str, str]]:
-    """(what, how) of a run about to begin, trained on `num_rows`."""
+def table(run: Trainer, num_rows: int, *, start: str) -> list[tuple[str, str]]:
+    """(what, how) of a run about to begin, trained on `num_rows`, and where it starts."""
     cfg, world = run.cfg, run.world
     name = (
         torch.cuda.get_device_name(run.device)
@@ -33,14 +33,14 @@ def table(run: Trainer, num_rows: int, *, resumed: bool) -> list[tuple[str, str]
         "fp16": f"fp16 autocast, loss scaling, {weights.format('fp16')}",
     }
     return [
+        *_stage(run),
         ("device", f"{world.size} × {name}" if world.size > 1 else name),
         ("model", f"{cfg.model.preset or type(run.model).__name__} on {shape}"),
         ("parameters", f"{count_parameters(run.model):,} ({metrics.format_count(count_parameters(run.model))})"),
         ("compute", f"{2 * run.macs / 1e9:.2f} GFLOP an image forward, {6 * run.macs / 1e9:.2f} a training step"),
         ("objective", f"{cfg.path.prediction} on the {cfg.path.type} path, t {cfg.path.time_sampling}"),
         ("data", f"{cfg.data.source}: {num_rows:,} {what} to train on, {cfg.data.val_samples:,} held out"),
-        ("batch", f"{cfg.data.batch_size} = {world.size} ranks × {cfg.train.accumulate} micro-batches × "
-         f"{cfg.data.batch_size // world.size // cfg.train.accumulate}"),
+        ("batch", _batches(run)),
         ("vae", cfg.vae.id or ("none: expression" if run.panel else "none: pixels")),
         ("precision", precision.get(cfg.train.precision, cfg.train.precision)),
         ("parallel", _parallel(run)),
@@ -48,8 +48,26 @@ def table(run: Trainer, num_rows: int, *, resumed: bool) -> list[tuple[str, str]
         ("compiled", _compilation(run)),
         ("kernels", _kernels(run)),
         ("output", str(run.run_dir)),
-        ("start", f"resumed after step {run.step}" if resumed else "from the beginning"),
+        ("start", start),
     ]  # fmt: skip
+
+
+def _stage(run: Trainer) -> list[tuple[str, str]]:
+    if not run.whole.stages:
+        return []
+    which = f"{run.number + 1} of {len(run.stages)}, steps {run.stage.first + 1} to {run.stage.last}"
+    patch = run.model.patch_size
+    return [("stage", f"{which}: {run.cfg.data.image_size} px, patches of {patch}, lr {run.cfg.optim.lr:g}")]
+
+
+def _batches(run: Trainer) -> str:
+    """Global batch = ranks × micro-batches × what a rank computes at once, of each size of image."""
+    ranks, accumulate = run.world.size, run.cfg.train.accumulate
+    return "; ".join(
+        f"{bucket.images}{f' of {bucket.height} × {bucket.width}' if run.buckets.several else ''} ="
+        f" {ranks} ranks × {accumulate} micro-batches × {bucket.images // (ranks * accumulate)}"
+        for bucket in dict.fromkeys(run.buckets.kinds)
+    )
 
 
 def _compilation(run: Trainer) -> str:

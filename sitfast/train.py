@@ -7,12 +7,24 @@ from __future__ import annotations
 
 import argparse
 
-from sitfast import cli, config, parallel
+from sitfast import cli, config, growing, parallel
+from sitfast.config import Config
+from sitfast.parallel import World
 from sitfast.trainer import ELSEWHERE, Trainer
 
 RESTART = (
     75  # EX_TEMPFAIL: saved because another rank was told to stop; `torchrun --max-restarts` goes on without that one
 )
+
+
+def train(cfg: Config, world: World) -> str | None:
+    """The run, stage by stage where it has stages; the name of the signal that ended it."""
+    for stage in range(growing.current(cfg, world), len(growing.stages(cfg))):
+        ended_by = Trainer(cfg, world, stage).run()
+        if ended_by is not None:
+            return ended_by
+        growing.release()
+    return None
 
 
 def main(argv: list[str]) -> int:
@@ -26,7 +38,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     cfg = config.load(args.config, args.overrides)
     with parallel.start(cfg) as world:
-        ended_by = Trainer(cfg, world).run()
+        ended_by = train(cfg, world)
     return RESTART if ended_by == ELSEWHERE else 0
 
 

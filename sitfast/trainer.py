@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sitfast import checkpoint, config, data, memory, metrics, parallel, startup
+from sitfast import checkpoint, config, data, growing, memory, metrics, parallel, startup
 from sitfast.config import Config
 from sitfast.data.ahead import Ahead
+from sitfast.data.buckets import Bucket, Buckets
 from sitfast.data.genes import Genes
 from sitfast.data.latents import Latents
 from sitfast.data.loader import Loader, fixed_batches
@@ -38,7 +39,6 @@ from sitfast.model import (
     Mlp,
     build_model,
     forward_macs,
-    interpolate_pos_embed,
     load_state,
     preset_kwargs,
 )
@@ -46,6 +46,7 @@ from sitfast.optim import Update, learning_rate
 from sitfast.parallel import World
 from sitfast.precision import AUTOCAST, WorkingCopy, wants_copy
 from sitfast.profiling import Window, annotate
+from sitfast.resize import fit
 from sitfast.sample import generate, labels_for
 from sitfast.vae import build_vae
 
@@ -56,11 +57,16 @@ _SAVE_FAILED = 2  # what a rank says, instead of 1 for a signal, when its last c
 class Trainer:
     """A run in its folder: built from a config, resumed from the newest valid checkpoint if there is one.
 
+    Of a run in stages it is one of them, by its number from 0 (see `growing`); `cfg` is then the config of that stage.
+
     Raises SitfastError before the first step for anything in the config, the data or the folder that cannot work.
     """
 
-    def __init__(self, cfg: Config, world: World) -> None:
-        config.check_world(cfg, world.size)
+    def __init__(self, cfg: Config, world: World, stage: int = 0) -> None:
+        growing.each(cfg, lambda one: config.check_world(one, world.size))
+        self.whole, self.stages = cfg, growing.stages(cfg)
+        self.number, self.stage = stage, self.stages[stage]
+        cfg = self.stage.cfg
         self.cfg, self.world, self.device = cfg, world, world.device
         if world.device.type == "cpu" and cfg.train.precision == "tf32":
             raise SitfastError("train.precision=tf32 needs a GPU, and this run is on the CPU; use train.precision=fp32")
@@ -78,7 +84,8 @@ class Trainer:
 
         torch.set_float32_matmul_precision("highest" if cfg.train.precision == "fp32" else "high")
         self.vae = build_vae(cfg.vae, device=self.device, seed=cfg.seed)
-        self.vae.check_image_size(cfg.data.image_size)
+        if cfg.data.source != "genes":
+            growing.each(self.whole, lambda one: _check_sizes(one, self.vae))
         if isinstance(source, Latents):
             source.check_vae(self.vae)
         self.interpolant = Interpolant.from_config(cfg.path, cfg.seed)
@@ -89,21 +96,25 @@ class Trainer:
             "in_channels": self.vae.latent_channels(source.channels),
             **cfg.model.model_dump(exclude={"init_from"}, exclude_none=True),
         }
-        if not self.panel:
-            _check_patches(cfg, self.vae.downsample)
+        if cfg.model.rope and cfg.model.rope_grid is None:
+            self.model_kwargs["rope_grid"] = _grid(self.stages[0].cfg, self.vae.downsample)
         with torch.device("meta"):
             self.model = build_model(**self.model_kwargs)
         cfg = self._plan_memory()
         self._build_model()
         if cfg.model.init_from:
             weights = checkpoint.find_weights(cfg.model.init_from)
-            if "pos_embed" in weights:  # weights of another resolution differ in this alone
-                weights["pos_embed"] = interpolate_pos_embed(weights["pos_embed"], self.model.grid)
+            if not self.panel:
+                weights = fit(weights, self.model.config)
             load_state(self.model, weights, source=cfg.model.init_from)
         self.null = cfg.model.num_classes if cfg.model.class_dropout_prob > 0 else None
         prob, dtype = cfg.model.class_dropout_prob, AUTOCAST[cfg.train.precision]
         self.draw = {"drop": prob, "null": cfg.model.num_classes, "dtype": dtype}  # what a step asks of `interpolate`
+        self.buckets = Buckets(cfg.data, cfg.seed)
         self.macs = forward_macs(self.model)
+        pixels = (self.model.patch_size * self.vae.downsample) ** 2  # of a token
+        tokens = {b: b.height * b.width // pixels if self.buckets.several else None for b in self.buckets.kinds}
+        self.work = {b: b.images * forward_macs(self.model, count) for b, count in tokens.items()}
 
         self.update = Update(
             self.model,
@@ -111,6 +122,7 @@ class Trainer:
             ema=cfg.ema,
             total_steps=cfg.train.steps,
             precision=cfg.train.precision,
+            first_step=self.stage.first,
             all_reduce_max=world.maximum if world.size > 1 else None,
             rank=world.rank,
             seed=cfg.seed,
@@ -120,13 +132,18 @@ class Trainer:
             self.run_dir, keep=cfg.checkpoint.keep, world=world, background=cfg.checkpoint.background
         )
         self.step, self.window = 0, []
-        resumed = self._resume()
+        start = self._resume()
+        self.samples = self.stage.consumed + self.buckets.samples(self.stage.first, self.step)
         if self.device.type == "cuda":
             self.saver.reserve(**self._tensors())
         if self.copy:
             self.copy.renew()
         warm_up = WARM_UP if world.size == 1 else WARM_UP_OF_RANKS
-        self.recorded = Recorded(self._compute, self.device, warm_up=warm_up) if self._records() else None
+        self.recorded = None
+        if self._records():
+            shapes = [self._shape(bucket) for bucket in self.buckets.kinds] if len(set(self.buckets.kinds)) > 1 else []
+            made = [*self.model.parameters(), *(self.copy.network.parameters() if self.copy else ())]
+            self.recorded = Recorded(self._compute, self.device, warm_up=warm_up, shapes=shapes, parameters=made)
         with self.recorded.aside() if self.recorded else nullcontext():
             self.network = parallel.data_parallel(self.model, world, self.copy)
         self.loader = Loader(
@@ -134,7 +151,9 @@ class Trainer:
             train_rows,
             data=cfg.data,
             seed=cfg.seed,
-            consumed=self.step * cfg.data.batch_size,
+            consumed=self.samples,
+            step=self.step,
+            buckets=self.buckets,
             accumulate=cfg.train.accumulate,
             rank=world.rank,
             world_size=world.size,
@@ -149,18 +168,18 @@ class Trainer:
             self.run_dir,
             cfg.log,
             config=cfg.model_dump(mode="json"),
-            total_steps=cfg.train.steps,
+            total_steps=self.stage.last,
             is_main=world.is_main,
-            resume_step=self.step if resumed else None,
+            resume_step=self.step if start else None,
         )
-        self.logger.startup(startup.table(self, len(train_rows), resumed=resumed))
+        self.logger.startup(startup.table(self, len(train_rows), start=start or "from the beginning"))
         self._begin_window()
 
     # ---------------------------------------------------------------------------------------------------- one step
 
     def train_step(self) -> Tensor:
         """One update of the weights; returns the gradient norm (a device tensor: nothing waits for it)."""
-        total = torch.zeros((), device=self.device)
+        total, bucket = torch.zeros((), device=self.device), self.buckets[self.step]
         for micro in range(self.cfg.train.accumulate):
             batch = next(self.encoded)
             if self.recorded:
@@ -173,6 +192,8 @@ class Trainer:
                 self.update.zero_grad()
         self.window.append(total)
         self.step += 1
+        self.samples += bucket.images
+        self._macs += self.work[bucket]
         return grad_norm
 
     def _compute(self, x: Tensor, index: Tensor, y: Tensor, last: bool = True) -> Tensor:
@@ -211,17 +232,16 @@ class Trainer:
     # ---------------------------------------------------------------------------------------------------- the loop
 
     def run(self) -> str | None:
-        """Train until `train.steps`, or until a signal; returns the name of the signal that ended it."""
+        """Train until `train.steps` (of the stage), or until a signal; returns the name of the signal that ended it."""
         cfg, stop, saved = self.cfg, parallel.StopRequest(), self.step
-        if self.step >= cfg.train.steps:
-            self.logger.note(
-                f"all {self.step} steps are done; raise train.steps to go on, or choose another output_dir"
-            )
+        if self.step >= self.stage.last:
+            more = "add a stage" if self.whole.stages else "raise train.steps"
+            self.logger.note(f"all {self.step} steps are done; {more} to go on, or choose another output_dir")
         self._begin_window()
         choice = ExitStack()
         choice.enter_context(self.implementation())
         try:
-            while self.step < cfg.train.steps:
+            while self.step < self.stage.last:
                 self.profile.step(self.step)
                 grad_norm = self.train_step()
                 self.logger.advance(self.step)
@@ -239,7 +259,7 @@ class Trainer:
                     self._save()
                     saved = self.step
                 self._tell(self.saver.done())
-                if asked and self.step < cfg.train.steps:
+                if asked and self.step < self.stages[-1].last:
                     self._tell(self.saver.wait())
                     name = stop.signal or ELSEWHERE
                     self.logger.note(f"stopped by {name} after step {self.step}; the same command continues from there")
@@ -267,7 +287,7 @@ class Trainer:
             self.recorded = None  # NCCL cannot be left before the recordings of its work are gone
 
     def _due(self, every: int) -> bool:
-        return every > 0 and (self.step % every == 0 or self.step == self.cfg.train.steps)
+        return every > 0 and (self.step % every == 0 or self.step == self.stage.last)
 
     def _log(self, grad_norm: Tensor) -> None:
         """The only regular place where the host waits for the device."""
@@ -277,16 +297,17 @@ class Trainer:
             "step": self.step,
             "loss": losses.mean().item(),
             "grad_norm": grad_norm.item(),
-            "lr": learning_rate(self.step - 1, self.cfg.optim, self.cfg.train.steps),
+            "lr": learning_rate(self.step - self.stage.first - 1, self.cfg.optim, self.cfg.train.steps),
         }
         elapsed = time.perf_counter() - self._started - self._paused
-        images_per_s = (self.step - self._first) * self.cfg.data.batch_size / elapsed
-        record["images_per_s"] = images_per_s
-        record["mfu"] = 6 * self.macs * images_per_s / (self.peak * self.world.size) if self.peak else None
+        record["images_per_s"] = (self.samples - self._first_sample) / elapsed
+        record["mfu"] = 6 * self._macs / (elapsed * self.peak * self.world.size) if self.peak else None
         record["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else None
         record["data_wait"] = self.encoded.take_waited() / elapsed
-        record["eta_s"] = (self.cfg.train.steps - self.step) * self.cfg.data.batch_size / images_per_s
-        record["samples"] = self.step * self.cfg.data.batch_size
+        record["eta_s"] = (self.stage.last - self.step) * elapsed / (self.step - self._first)
+        record["samples"] = self.samples
+        if self.whole.stages:
+            record["stage"] = self.number + 1
         record["skipped"] = self.update.skipped.item()
         record["unreadable"] = self.loader.unreadable
         self.logger.step(record)
@@ -296,6 +317,7 @@ class Trainer:
     def _begin_window(self) -> None:
         self.encoded.take_waited()
         self._started, self._first, self._paused = time.perf_counter(), self.step, 0.0
+        self._first_sample, self._macs = self.samples, 0
 
     @contextmanager
     def _pause(self, name: str) -> Iterator[None]:
@@ -366,7 +388,7 @@ class Trainer:
                 self.step,
                 **self._tensors(),
                 state={
-                    "samples": self.step * self.cfg.data.batch_size,
+                    "samples": self.samples,
                     "window": window,
                     "model": self.model_kwargs,
                     "class_names": self.source.class_names,
@@ -390,7 +412,7 @@ class Trainer:
     def _claim_folder(self) -> None:
         """Make the run folder ours: new, or holding the same run."""
         path = self.run_dir / "config.yaml"
-        changed = config.differences(config.load(path), self.cfg) if path.exists() else []
+        changed = config.differences(config.load(path), self.whole) if path.exists() else []
         self.world.barrier()  # all have read before anyone writes
         if changed:
             raise SitfastError(
@@ -401,28 +423,35 @@ class Trainer:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             checkpoint.clean(self.run_dir)
             with replacing(path) as temporary:
-                temporary.write_text(config.dump(self.cfg), encoding="utf-8")
+                temporary.write_text(config.dump(self.whole), encoding="utf-8")
         self.world.barrier()
 
-    def _resume(self) -> bool:
-        """Continue from the newest valid checkpoint, if the folder has one."""
+    def _resume(self) -> str:
+        """Continue from the newest valid checkpoint, if the folder has one; from that of the stage before, grown."""
         path = None
         if self.world.is_main:
             path = checkpoint.latest(
                 self.run_dir, warn=lambda text: print(f"warning: {text}", file=sys.stderr, flush=True)
             )
         path = self.world.share(path)
+        self.step = found = 0 if path is None else checkpoint.read_state(path)["step"]
+        if found < self.stage.first:
+            raise SitfastError(
+                f"stage {self.number + 1} begins with the checkpoint of step {self.stage.first}, and the newest valid one in"
+                f" {self.run_dir} is that of step {found}; start again, and the stage before goes on from there"
+            )
         if path is None:
-            return False
+            return ""
+        if self.number and found == self.stage.first:
+            return growing.grow(path, **self._tensors(), sizes=self.model.config, world=self.world)
         if checkpoint.read_state(path).get("genes") != self.panel:
             raise SitfastError(
                 f"data.path={self.cfg.data.path} has other genes, or other values, than {path} was trained on; give it the"
                 " file it had, or choose another output_dir"
             )
         state = checkpoint.restore(path, **self._tensors(), world=self.world)
-        self.step = state["step"]
         self.window = list(torch.tensor(state["window"], device=self.device))
-        return True
+        return f"resumed after step {self.step}"
 
     def _plan_memory(self) -> Config:
         """The config, with as many micro-batches as the memory needs where that is asked for."""
@@ -452,7 +481,10 @@ class Trainer:
         self.copy = WorkingCopy(self.model) if wants_copy(cfg) else None
         for model in (self.model, self.copy.network) if self.copy else (self.model,):
             parallel.prepare_blocks(
-                model.blocks, activation_checkpoint=cfg.parallel.activation_checkpoint, compiled=self.compiled
+                model.blocks,
+                activation_checkpoint=cfg.parallel.activation_checkpoint,
+                compiled=self.compiled,
+                sizes=max(1, len(cfg.data.resolutions)),
             )
         self.mesh = parallel.device_mesh(cfg.parallel, self.world)
         if self.mesh is not None:
@@ -472,7 +504,17 @@ class Trainer:
                 f" {self.world.size} ranks on {self.device.type}, parallel.strategy={self.cfg.parallel.strategy} and"
                 f" train.accumulate={self.cfg.train.accumulate}; leave it null"
             )
+        if asked and self.world.size > 1 and len(set(self.cfg.data.resolutions)) > 1:
+            raise SitfastError(
+                f"train.cuda_graph=true of {self.world.size} ranks takes batches of one size, and data.resolutions has"
+                f" {len(set(self.cfg.data.resolutions))}; leave it null"
+            )
         return whole and self.world.size == 1 if asked is None else asked
+
+    def _shape(self, bucket: Bucket) -> tuple[int, int, int, int]:
+        """Of x in a micro-batch of this rank, [B, C, H, W]."""
+        images, shrink = bucket.images // self.world.size // self.cfg.train.accumulate, self.vae.downsample
+        return images, self.model_kwargs["in_channels"], bucket.height // shrink, bucket.width // shrink
 
 
 def _fingerprint(source: data.Source) -> dict[str, Any]:
@@ -493,14 +535,32 @@ def _fingerprint(source: data.Source) -> dict[str, Any]:
     }
 
 
-def _check_patches(cfg: Config, downsample: int) -> None:
-    """The image must split evenly into patches, through the VAE where there is one."""
-    patch = cfg.model.patch_size or preset_kwargs(cfg.model.preset or "")["patch_size"]
-    pixels, size = patch * downsample, cfg.data.image_size
-    if size % pixels:
-        below = size // pixels * pixels
-        options = f"{below} or {below + pixels}" if below else f"{pixels}"
-        through = f" behind a VAE that shrinks {downsample} times" if downsample > 1 else ""
-        raise SitfastError(
-            f"data.image_size={size} is not divisible by {pixels}, the pixels of a patch of {patch}{through}; try {options}"
-        )
+def _patch_size(cfg: Config) -> int:
+    return cfg.model.patch_size or preset_kwargs(cfg.model.preset or "")["patch_size"]
+
+
+def _grid(cfg: Config, downsample: int) -> int:
+    """Tokens a side of an image of data.image_size."""
+    return cfg.data.image_size // downsample // _patch_size(cfg)
+
+
+def _check_sizes(cfg: Config, vae: Any) -> None:
+    """Images must split evenly into patches, through the VAE where there is one."""
+    vae.check_image_size(cfg.data.image_size)
+    patch, downsample = _patch_size(cfg), vae.downsample
+    pixels = patch * downsample
+    sizes = [("data.image_size", cfg.data.image_size)]
+    sizes += [
+        (f"data.resolutions: {height} × {width}: {side}", side)
+        for height, width in cfg.data.resolutions
+        for side in (height, width)
+    ]
+    for name, size in sizes:
+        if size % pixels:
+            below = size // pixels * pixels
+            options = f"{below} or {below + pixels}" if below else f"{pixels}"
+            through = f" behind a VAE that shrinks {downsample} times" if downsample > 1 else ""
+            value = f"{name}={size}" if name == "data.image_size" else name
+            raise SitfastError(
+                f"{value} is not divisible by {pixels}, the pixels of a patch of {patch}{through}; try {options}"
+            )

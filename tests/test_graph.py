@@ -65,3 +65,29 @@ def test_a_graph_needs_one_gpu(tiny):
         pytest.raises(SitfastError, match="train.cuda_graph=true needs GPUs without sharding, .* 1 ranks on cpu"),
     ):
         Trainer(cfg, world)
+
+
+@pytest.mark.gpu
+def test_announced_shapes_have_recordings_and_others_are_refused():
+    """Gradients of all shapes come to lie where those of the first recorded one do."""
+    weight = torch.nn.Parameter(torch.ones(3, device="cuda"))
+
+    def run(x):
+        loss = (weight * x.sum(0)).sum()
+        loss.backward()
+        return loss.detach()
+
+    recorded = Recorded(run, torch.device("cuda", 0), shapes=[(4, 3), (2, 3)], parameters=[weight])
+    lies = set()
+    for i in range(4 * WARM_UP):
+        rows = 4 if i % 3 else 2  # one shape is recorded while the other warms up
+        x = torch.full((rows, 3), float(i), device="cuda")
+        assert recorded(True, x).item() == 3 * rows * i
+        assert weight.grad is not None and weight.grad.tolist() == [float(rows * i)] * 3
+        if len(recorded._graphs) == 2:
+            lies.add(weight.grad.data_ptr())
+        if not recorded.active:
+            weight.grad = None
+    assert len(recorded._graphs) == 2 and len(lies) == 1
+    with pytest.raises(SitfastError, match=r"shape \(5, 3\), the recorded steps take \(2, 3\), \(4, 3\)"):
+        recorded(True, torch.ones(5, 3, device="cuda"))

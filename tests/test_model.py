@@ -360,7 +360,11 @@ def test_bf16_weights():
 @pytest.mark.parametrize(
     "position, value, message",
     [
-        (0, torch.zeros(3, 4, 8, 6), r"x has shape \(3, 4, 8, 6\), the model takes \(B, 4, 8, 8\)"),
+        (
+            0,
+            torch.zeros(3, 4, 8, 7),
+            r"x has shape \(3, 4, 8, 7\), the model takes \(B, 4, H, W\) with sides divisible by 2",
+        ),
         (0, torch.zeros(3, 3, 8, 8), r"x has shape \(3, 3, 8, 8\)"),
         (0, torch.zeros(4, 8, 8), r"x has shape \(4, 8, 8\)"),
         (1, torch.tensor(0.5), r"t has shape \(\), expected \(3,\)"),
@@ -464,3 +468,56 @@ def test_settings_of_heads_are_checked():
         SiT(input_size=8, hidden_size=32, depth=1, num_heads=4, qk_norm="batch")
     with pytest.raises(SitfastError, match="rope=true needs heads of a width divisible by 4, not 2"):
         SiT(input_size=8, hidden_size=32, depth=1, num_heads=16, rope=True)
+
+
+def test_images_of_any_sides_that_the_patch_divides():
+    """Each sample of another size is what a model built for that size, with interpolated places, answers."""
+    model = randomized()
+    t, y = torch.rand(2), torch.tensor([0, 2])
+    for height, width in ((8, 12), (12, 8), (4, 6), (16, 16)):
+        x = torch.randn(2, 4, height, width)
+        out = model(x, t, y)
+        assert out.shape == x.shape
+        tokens = height // 2 * (width // 2)
+        places = interpolate_pos_embed(model.pos_embed, (height // 2, width // 2))
+        assert places.shape == (1, tokens, 48)
+    square = SiT(**{**SMALL, "input_size": 16})
+    square.load_state_dict(dict(model.state_dict()) | {"pos_embed": interpolate_pos_embed(model.pos_embed, 8)})
+    x = torch.randn(2, 4, 16, 16)
+    assert torch.equal(square(x, t, y), model(x, t, y))
+
+
+def test_places_of_a_rectangle_are_interpolated_along_each_axis():
+    """The embedding of a product of two lines is the product of the two lines interpolated."""
+    rows, columns = torch.randn(4), torch.randn(4)
+    embed = (rows[:, None] * columns).reshape(1, 16, 1)
+    line = {n: interpolate_pos_embed(embed_of(rows), (n, 4)).view(n, 4)[:, 0] for n in (3, 6)}
+    other = {
+        n: interpolate_pos_embed(embed_of(columns).view(4, 4).T.reshape(1, 16, 1), (4, n)).view(4, n)[0] for n in (3, 6)
+    }
+    for h in (3, 6):
+        for w in (3, 6):
+            torch.testing.assert_close(
+                interpolate_pos_embed(embed, (h, w)).view(h, w), line[h][:, None] * other[w], rtol=1e-5, atol=1e-6
+            )
+
+
+def embed_of(line):
+    return line[:, None].expand(4, 4).reshape(1, 16, 1)
+
+
+def test_rotary_angles_at_another_scale():
+    """A token of a larger image stands between those of the grid that was learned on; of that grid, on them."""
+    model = SiT(input_size=16, hidden_size=32, depth=1, num_heads=4, num_classes=3, rope=True, rope_grid=4)
+    cos, sin = model._rope(torch.device("cpu"), (8, 2))
+    at = torch.tensor([(i + 0.5) * 4 / 8 - 0.5 for i in range(8)], dtype=torch.float64)
+    across = torch.tensor([0.5, 2.5], dtype=torch.float64)
+    turns = torch.tensor([1.0, 0.01], dtype=torch.float64)
+    angles = torch.cat((at.repeat_interleave(2)[:, None] * turns, across.repeat(8)[:, None] * turns), 1)
+    torch.testing.assert_close(cos, angles.cos().float(), rtol=0, atol=1e-7)
+    torch.testing.assert_close(sin, angles.sin().float(), rtol=0, atol=1e-7)
+    learned = SiT(input_size=8, hidden_size=32, depth=1, num_heads=4, num_classes=3, rope=True)
+    for own, other in zip(learned._rope(torch.device("cpu")), model._rope(torch.device("cpu"), (4, 4)), strict=True):
+        assert torch.equal(own, other)
+    with pytest.raises(SitfastError, match="rope_grid=0 is not positive"):
+        SiT(input_size=8, hidden_size=32, depth=1, num_heads=4, rope=True, rope_grid=0)

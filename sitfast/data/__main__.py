@@ -174,7 +174,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seconds", type=float, default=5.0, help="for each measurement")
     parser.add_argument("--steps", type=int, default=50, help="training steps to measure; 0 leaves training out")
     args = parser.parse_args(argv)
-    cfg = config.load(args.config, args.overrides)
+    cfg = config.one_stage(config.load(args.config, args.overrides), "sitfast.data")
     with parallel.start(cfg) as world:
         config.check_world(cfg, world.size)
         if world.is_main:
@@ -187,7 +187,12 @@ def main(argv: list[str]) -> int:
         if args.bench:
             with tempfile.TemporaryDirectory() as folder:
                 overrides = [*args.overrides, *_QUIET, f"output_dir={folder}", f"train.steps={10**9}"]
-                bench(config.load(args.config, overrides), world, seconds=args.seconds, steps=args.steps)
+                bench(
+                    config.one_stage(config.load(args.config, overrides), "sitfast.data"),
+                    world,
+                    seconds=args.seconds,
+                    steps=args.steps,
+                )
     return 0
 
 

@@ -2,7 +2,8 @@
 
     halve with a box filter while min(width, height) ≥ 2·size  ▶  bicubic to min(width, height) = size  ▶  centre crop
 
-ADM's random crop takes a larger size, up to size / 0.8, and a random place in the result.
+ADM's random crop takes a larger size, up to size / 0.8, and a random place in the result. For a rectangle h × w the image is
+halved while it is twice as high and twice as wide, then scaled to cover it: for a square, that is the above.
 
 Three things go beyond ADM, and change no pixel of an ordinary RGB image: the EXIF orientation is applied (ADM ignores
 it), transparency is laid over white (ADM drops the alpha channel and shows whatever colour lies below), and 16-bit grey
@@ -30,6 +31,9 @@ from sitfast.errors import SitfastError
 _FORMATS = ("PNG", "JPEG", "WEBP")  # decided by content; no other parser ever sees a file
 _MIN_SHARE = 0.8  # of the shorter side, in a random crop
 _MAX_PIXELS = 2**26  # of a scaled image: only an aspect ratio of 1024 at 256 px gets there, and would fill the memory
+
+
+Size = tuple[int, int]  # height, width
 
 
 class Crop(NamedTuple):
@@ -65,9 +69,9 @@ class EncodedImages:
         """The text beside the image, of a source that is `captioned`."""
         raise NotImplementedError
 
-    def load(self, row: int, crop: Crop | None = None) -> tuple[Tensor, int]:
+    def load(self, row: int, crop: Crop | None = None, size: Size | None = None) -> tuple[Tensor, int]:
         try:
-            image = adm_crop(_decode(self.read(row)), self.image_size, crop)
+            image = adm_crop(_decode(self.read(row)), size or self.image_size, crop)
         except (MemoryError, SitfastError):
             raise
         except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error and more
@@ -86,30 +90,34 @@ class Plan(NamedTuple):
     top: int
 
 
-def adm_plan(width: int, height: int, size: int, crop: Crop | None = None) -> Plan:
-    """The plan for an image of `width` × `height`."""
-    target = size if crop is None else size + math.floor(crop.zoom * (math.ceil(size / _MIN_SHARE) - size + 1))
+def adm_plan(width: int, height: int, size: int | Size, crop: Crop | None = None) -> Plan:
+    """The plan for an image of `width` × `height` and a crop of `size`, a square's side or (height, width)."""
+    rows, columns = (size, size) if isinstance(size, int) else size
+    side = min(rows, columns)
+    target = side if crop is None else side + math.floor(crop.zoom * (math.ceil(side / _MIN_SHARE) - side + 1))
+    across, down = round(columns * target / side), round(rows * target / side)
     halved = []
-    while min(width, height) >= 2 * target:
+    while width >= 2 * across and height >= 2 * down:
         width, height = width // 2, height // 2
         halved.append((width, height))
-    scale = target / min(width, height)
+    scale = max(across / width, down / height)
     scaled = round(width * scale), round(height * scale)
     if scaled[0] * scaled[1] > _MAX_PIXELS:
         raise ValueError(f"{width} × {height} pixels is too elongated to scale to {size}")
-    spare = scaled[0] - size, scaled[1] - size
+    spare = scaled[0] - columns, scaled[1] - rows
     if crop is None:
         return Plan(halved, scaled, spare[0] // 2, spare[1] // 2)
     return Plan(halved, scaled, math.floor(crop.left * (spare[0] + 1)), math.floor(crop.top * (spare[1] + 1)))
 
 
-def adm_crop(image: Image.Image, size: int, crop: Crop | None = None) -> Image.Image:
-    """The central square of `image`, or a random one, `size` × `size`; images smaller than that are enlarged."""
+def adm_crop(image: Image.Image, size: int | Size, crop: Crop | None = None) -> Image.Image:
+    """The centre of `image`, or a random part, `size` × `size` or (height, width); images smaller than that are enlarged."""
+    rows, columns = (size, size) if isinstance(size, int) else size
     plan = adm_plan(image.width, image.height, size, crop)
     for smaller in plan.halved:
         image = image.resize(smaller, Image.Resampling.BOX)
     image = image.resize(plan.scaled, Image.Resampling.BICUBIC)
-    return image.crop((plan.left, plan.top, plan.left + size, plan.top + size))
+    return image.crop((plan.left, plan.top, plan.left + columns, plan.top + rows))
 
 
 def number_labels(values: Sequence[Any] | NDArray[Any], *, where: str) -> tuple[NDArray[np.int64], list[str]]:

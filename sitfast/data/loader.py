@@ -24,9 +24,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from sitfast import philox
 from sitfast.data import Batch, Captioned, Mapped, Source, Unreadable
-from sitfast.data.image import Crop, EncodedImages
+from sitfast.data.buckets import Buckets
+from sitfast.data.image import Crop, EncodedImages, Size
 from sitfast.data.quarantine import Quarantine
-from sitfast.data.sampler import BlockOrder, Order, micro_batches
+from sitfast.data.sampler import BlockOrder, Order, Sized, micro_batches, sized_batches
 from sitfast.errors import SitfastError
 
 if TYPE_CHECKING:
@@ -52,13 +53,18 @@ class Loader:
         world_size: int,
         device: torch.device | str,
         quarantine: Path | None,
+        step: int = 0,
+        buckets: Buckets | None = None,
     ) -> None:
+        """`step` is the update that begins there, and `buckets` the sizes of the batches; None is data.batch_size images
+        of the source's own size."""
         self.device = torch.device(device)
         self._quarantine = Quarantine(quarantine, num_rows=source.num_rows, limit=data.max_unreadable)
         patience = min(len(rows), int(data.max_unreadable * source.num_rows) + 1)  # so many failures exceed the limit
-        indices = micro_batches(
-            consumed, batch_size=data.batch_size, accumulate=accumulate, rank=rank, world_size=world_size
-        )
+        share = {"accumulate": accumulate, "rank": rank, "world_size": world_size}
+        indices = micro_batches(consumed, batch_size=data.batch_size, **share)
+        if buckets is not None and buckets.several:
+            indices = sized_batches(buckets, step, consumed, **share)
         settings = {"seed": seed, "flip": data.flip, "random_crop": data.crop == "random", "patience": patience}
         reader = Reader(source, rows, **settings)
         if data.decoder == "dali":
@@ -177,7 +183,8 @@ class _Answering(Dataset):
 
 
 class Reader(_Answering):
-    """A micro-batch, given its global sample indices. Every worker answers alike."""
+    """A micro-batch, given its global sample indices, and the size of its images where that varies. Every worker answers
+    alike."""
 
     def __init__(
         self, source: Source, rows: NDArray[np.int64], *, seed: int, flip: bool, random_crop: bool, patience: int
@@ -189,10 +196,12 @@ class Reader(_Answering):
         self.random_crop = random_crop
         self.patience = patience
         self.mapped = source if isinstance(source, Mapped) else None
+        self.size: Size | None = None  # of the images of this micro-batch; None: the source's own
         self.begun = False  # whether this process has asked the disk for the first window
         self.order = self.mapped.order(len(rows), seed) if self.mapped else Order(len(rows), seed)
 
-    def read(self, item: list[int], unreadable: list[tuple[str, str]]) -> Loaded:
+    def read(self, item: list[int] | Sized, unreadable: list[tuple[str, str]]) -> Loaded:
+        item, self.size = item if isinstance(item, Sized) else (item, None)
         index = torch.tensor(item)
         positions = self.order.rows(index.numpy())
         mirrored = philox.uniform(self.seed, index, philox.Stream.FLIP) < 0.5 if self.flip else None
@@ -213,7 +222,8 @@ class Reader(_Answering):
 
     def fetch(self, row: int, crop: Crop | None) -> tuple[Any, int]:
         """One row of the source; `Unreadable` where that fails."""
-        return self.source.load(row, crop) if isinstance(self.source, EncodedImages) else self.source.load(row)
+        source = self.source
+        return source.load(row, crop, self.size) if isinstance(source, EncodedImages) else source.load(row)
 
     def collate(self, images: tuple[Any, ...], mirrored: Tensor | None) -> Any:
         """What `fetch` gave for each place of a micro-batch as one, mirrored where `mirrored` `[B]` says so."""

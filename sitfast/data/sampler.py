@@ -18,10 +18,12 @@ import itertools
 import math
 from collections.abc import Iterator
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sitfast.data.buckets import Buckets
 from sitfast.errors import SitfastError
 from sitfast.philox import Stream, philox4x32, split64
 
@@ -154,6 +156,27 @@ def micro_batches(
     assert rest == 0, "config.check_world sees to that"
     starts = itertools.count(consumed + rank * size, size * world_size)
     return (list(range(start, start + size)) for start in starts)
+
+
+def sized_batches(
+    buckets: Buckets, step: int, consumed: int, *, accumulate: int, rank: int, world_size: int
+) -> Iterator[Sized]:
+    """The same where batches have sizes of their own: those of the updates from `step` on."""
+    for update in itertools.count(step):
+        bucket = buckets[update]
+        batch = micro_batches(
+            consumed, batch_size=bucket.images, accumulate=accumulate, rank=rank, world_size=world_size
+        )
+        for index in itertools.islice(batch, accumulate):
+            yield Sized(index, (bucket.height, bucket.width))
+        consumed += bucket.images
+
+
+class Sized(NamedTuple):
+    """The global sample indices of a micro-batch, and the size of its images in pixels (height, width)."""
+
+    index: list[int]
+    size: tuple[int, int]
 
 
 def held_out(num_rows: int, val_samples: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -4,7 +4,7 @@
     z_2i = y_2i cos_i − y_2i+1 sin_i;   z_2i+1 = y_2i+1 cos_i + y_2i sin_i
 
 for each head of q and of k; v passes. qkv, out [B, N, 3, H, d] · weights and biases [d], those of q and of k, shared by
-the heads (timm's `q_norm` and `k_norm`) · cos, sin [N, d/2] of each token's angles, `axial_angles` for a square image.
+the heads (timm's `q_norm` and `k_norm`) · cos, sin [N, d/2] of each token's angles, `axial_angles` for an image.
 
 Backward, with g = rotated back dz · weight:  dx = (g − mean(g)[layer] − x̂ mean(g x̂)) / divisor, dweight = Σ dy x̂,
 dbias = Σ dy, and the gradient of a bias that the qkv linear added, as in `attention`. Saved: qkv; the statistics are
@@ -30,22 +30,31 @@ Norm = Literal["none", "rms", "layer"]
 Vector = Tensor | None
 
 
-def axial_angles(grid: int, width: int, device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:
-    """cos and sin [grid², d/2] in fp32 for the tokens of a square image, row by row, and heads of width d.
+def axial_angles(
+    grid: int | tuple[int, int], width: int, device: torch.device | str | None = None, *, base: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """cos and sin [N, d/2] in fp32 for the tokens of a square image, or one of h × w tokens, row by row, and heads of width d.
 
     The first half of the pairs turns with the row, the second with the column, pair i of d/4 by theta^(−4i/d) a step.
-    Evaluated in fp64 on the CPU and rounded once.
+    With `base` the image is taken for one of base × base tokens seen at another scale: token i of n stands at
+    (i + ½) · base / n − ½. Evaluated in fp64 on the CPU and rounded once.
     """
     if width % 4:
         raise ValueError(
             f"{NAME}: d = {width} is not divisible by 4; rotary embedding needs pairs for rows and columns"
         )
-    steps = torch.arange(grid, dtype=torch.float64, device="cpu")
+    height, width_of_grid = (grid, grid) if isinstance(grid, int) else grid
     omega = THETA ** -(torch.arange(width // 4, dtype=torch.float64, device="cpu") / (width // 4))
-    angles = steps[:, None] * omega
-    rows, columns = angles[:, None].expand(-1, grid, -1), angles.expand(grid, -1, -1)
-    both = torch.cat((rows, columns), dim=-1).reshape(grid * grid, width // 2)
+    rows, columns = (_places(count, base)[:, None] * omega for count in (height, width_of_grid))
+    shape = height, width_of_grid, width // 4
+    both = torch.cat((rows[:, None].expand(shape), columns.expand(shape)), dim=-1).reshape(-1, width // 2)
     return both.cos().float().to(device), both.sin().float().to(device)
+
+
+def _places(count: int, base: int | None) -> Tensor:
+    """Where `count` tokens in a row stand, in steps of a row of `base`; fp64, whole numbers where the two are equal."""
+    steps = torch.arange(count, dtype=torch.float64, device="cpu")
+    return steps if base is None else (steps + 0.5) * base / count - 0.5
 
 
 def _normalize(x: Tensor, weight: Vector, bias: Vector, norm: Norm, eps: float) -> Tensor:
