@@ -12,9 +12,10 @@ from sitfast.data.shapes import CAPTIONS
 from sitfast.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent
-SMALLER = ["train.steps=450", "text.length=44", "data.val_samples=200", "log.val_every=0", "sample.every=0"]
-SMALLER += ["model.hidden_size=96", "model.depth=3", "model.num_heads=3", "log.tensorboard=false", "log.val_bins=4"]
-SMALLER += ["sample.method=euler", "sample.steps=12"]
+SMALLER = ["data.image_size=8", "model.patch_size=2", "model.hidden_size=64", "model.depth=3", "model.num_heads=2"]
+SMALLER += ["text.length=40", "text.width=48", "train.steps=550", "optim.lr=6e-3", "data.val_samples=200"]
+SMALLER += ["log.val_every=0", "log.val_bins=4", "log.tensorboard=false"]
+SMALLER += ["sample.every=0", "sample.method=euler", "sample.steps=12"]
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +46,9 @@ def test_the_figures_are_about_the_captions(run):
     x = restored.generate([""] * 54, seed=1)  # no caption: any colour
     assert evaluate.read_shapes(x, numbers)["colour_share"] <= 0.5
 
-    class Other(type(restored.text)):
-        def __call__(self, captions):
-            return super().__call__([CAPTIONS[CAPTIONS.index(caption) - 27] if caption else "" for caption in captions])
-
-    restored.text.__class__ = Other
+    # Each caption exchanged for another, which has nothing to do with it.
+    read = restored.text
+    restored.text = lambda captions: read([CAPTIONS[(CAPTIONS.index(caption) * 59 + 80) % 162] for caption in captions])
     source = data.build_source(restored.cfg.data)
     batches = fixed_batches(source, torch.arange(100).numpy(), batch_size=100, device="cpu")
-    assert evaluate.caption_share(restored, batches) <= 0.75
+    assert 0.3 <= evaluate.caption_share(restored, batches) <= 0.7
