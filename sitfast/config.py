@@ -47,7 +47,7 @@ Channels = Annotated[tuple[float, ...], BeforeValidator(_listed), Field(min_leng
 
 
 class DataConfig(Section):
-    source: Literal["digits", "folder", "hf", "webdataset", "latents", "genes"] = "folder"
+    source: Literal["digits", "folder", "hf", "webdataset", "latents", "shapes", "genes"] = "folder"
     path: str | None = None  # class folders; hub id, Parquet, Arrow; tar files; what sitfast.encode wrote; .h5ad
     split: str = "train"  # hf
     image_column: str = "image"  # hf
@@ -87,6 +87,14 @@ class VAEConfig(Section):
     compile: bool | None = None  # torch.compile of the encoder; null means on GPUs
 
 
+class TextConfig(Section):
+    encoder: str | None = None  # bytes, or hub id or folder of a CLIP text model or T5 encoder; null: classes
+    length: Annotated[int, Field(ge=2)] = 77  # tokens of every caption: longer ones are cut, shorter ones padded
+    width: Positive = 256  # of the byte encoder
+    depth: Positive = 2  # of the byte encoder
+    precision: Literal["fp32", "bf16"] = "fp32"  # of a frozen encoder
+
+
 class PathConfig(Section):
     type: Literal["linear", "gvp", "vp"] = "linear"
     prediction: Literal["velocity", "noise", "score"] = "velocity"
@@ -106,7 +114,9 @@ class ModelConfig(Section):
     depth: Positive | None = None
     num_heads: Positive | None = None
     mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
-    class_dropout_prob: Share = 0.1  # share of labels replaced by the null class, for guidance
+    class_dropout_prob: Share = (
+        0.1  # share of labels (captions) replaced by the null class (the empty one), for guidance
+    )
     num_classes: Positive = 1000
     qk_norm: Literal["none", "rms", "layer"] = "none"  # of each head of q and k, with learned weights
     rope: bool = False  # axial rotary embedding of q and k, beside the position embedding
@@ -175,6 +185,7 @@ class SampleConfig(Section):
     every: Count = 0  # steps between sample grids while training; 0 never
     num: Positive = 16
     classes: tuple[Count, ...] | None = loose(None)  # cycled through; null spreads over all
+    prompts: tuple[str, ...] | None = loose(None)  # captions in place of classes, cycled through
     cfg: NonNegative = 4.0  # guidance scale; 1 is none
     cfg_interval: tuple[Share, Share] = loose((0.0, 1.0))  # t outside it is not guided
     cfg_channels: Literal["all", "first3"] = "all"
@@ -213,6 +224,7 @@ class Config(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     data: DataConfig = DataConfig()
     vae: VAEConfig = VAEConfig()
+    text: TextConfig = TextConfig()
     path: PathConfig = PathConfig()
     model: ModelConfig = ModelConfig()
     optim: OptimConfig = OptimConfig()
@@ -496,9 +508,33 @@ def _combinations(cfg: Config) -> Iterator[Problem]:
         yield problem("data.source", "data.path", rule=f"name {places[data.source]} in data.path")
     if data.caption_column is not None and data.source in ("digits", "folder", "genes"):
         yield problem("data.caption_column", "data.source", rule="there are no texts; use data.caption_column=null")
-    if data.decoder == "dali" and data.source in ("digits", "latents", "genes"):
+    if data.caption_column is not None and data.source == "shapes":
+        yield problem(
+            "data.caption_column", "data.source", rule="they have their captions; use data.caption_column=null"
+        )
+    if cfg.text.encoder is not None:
+        if data.source in ("digits", "folder", "genes"):
+            yield problem(
+                "text.encoder", "data.source", rule="there are no captions; use hf, webdataset, latents, shapes"
+            )
+        elif data.source in ("hf", "webdataset") and data.caption_column is None:
+            yield problem("text.encoder", "data.caption_column", rule="name the captions in data.caption_column")
+        if sample.classes is not None:
+            yield problem(
+                "text.encoder", "sample.classes", rule="captions take the place of classes; use sample.prompts"
+            )
+        if sample.every and not sample.prompts:
+            yield problem("text.encoder", "sample.prompts", rule="sample grids need captions, such as [a red circle]")
+    elif sample.prompts is not None:
+        yield problem("sample.prompts", "text.encoder", rule="only a model of captions reads them; use sample.classes")
+    if data.source == "shapes":
+        if cfg.vae.id is not None:
+            yield problem("data.source", "vae.id", rule="the shapes are trained on pixels; use vae.id=null")
+        if data.flip:
+            yield problem("data.source", "data.flip", rule="a mirrored shape belies its caption; use data.flip=false")
+    if data.decoder == "dali" and data.source in ("digits", "latents", "shapes", "genes"):
         yield problem("data.decoder", "data.source", rule="there are no image files to decode; use data.decoder=pil")
-    if data.crop == "random" and data.source in ("digits", "latents", "genes"):
+    if data.crop == "random" and data.source in ("digits", "latents", "shapes", "genes"):
         yield problem("data.crop", "data.source", rule="there are no images to crop; use data.crop=center")
     if data.source == "latents" and cfg.vae.id is None:
         yield problem("data.source", "vae.id", rule="name the VAE that made the latents")

@@ -31,6 +31,7 @@ from sitfast.kernels.attention import describe as describe_attention
 from sitfast.kernels.mlp import describe as describe_mlp
 from sitfast.model import SiT, build_model, count_parameters
 from sitfast.parallel import World
+from sitfast.text import text_shape
 
 GIB = 2**30
 _STEADY_S = 0.5  # how long each bandwidth is measured
@@ -224,11 +225,13 @@ def describe_model(cfg: Config) -> SiT:
     size = data.build_source(cfg.data).image_size if genes else cfg.data.image_size  # so many only the file knows
     shrink = 1 if cfg.vae.id is None else 8
     channels = (1 if cfg.data.source in ("digits", "genes") else 3) if cfg.vae.id is None else 4
+    text = text_shape(cfg.text)
     with torch.device("meta"):
         return build_model(
             genes=genes,
             input_size=size // shrink,
             in_channels=channels,
+            text=text,
             **cfg.model.model_dump(exclude={"init_from"}, exclude_none=True),
         )
 

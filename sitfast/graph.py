@@ -30,10 +30,8 @@ from sitfast.errors import SitfastError
 WARM_UP = 3  # steps
 WARM_UP_OF_RANKS = 12  # DistributedDataParallel waits for the GPU in its first ten
 
-
-Key = tuple[
-    bool, torch.Size | None
-]  # whether it is the first micro-batch of a step; the shape of x, where there are several
+# Whether it is the first micro-batch of a step; the shape of x, where there are several.
+Key = tuple[bool, torch.Size | None]
 
 
 class Recorded:
@@ -77,9 +75,8 @@ class Recorded:
         self._steps[shape] += first and (True, shape) not in self._graphs
         if self._steps[shape] <= self._warm_up:
             if first and self._gradients:
-                self._place(
-                    [None] * len(self._parameters)
-                )  # this one makes its own, and leaves those of the recordings
+                # This one makes its own, and leaves those of the recordings.
+                self._place([None] * len(self._parameters))
             with self.aside():
                 return self._run(*inputs)
         if (first, shape) not in self._graphs:

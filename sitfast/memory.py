@@ -7,7 +7,8 @@
 
 A block that runs our kernels keeps, in units of u: its two normed inputs, qkv (3), attention's output, both branches, both
 residual streams and fc1's pre-activation (mlp_ratio), 10 + mlp_ratio in all; under autocast the streams are fp32, 2 more, and
-train.mlp_save=both keeps mlp_ratio more.
+train.mlp_save=both keeps mlp_ratio more. A cross-attention keeps its normed input, q, output, branch and a residual stream, and k
+and v of the caption's tokens.
 Measured against this on an H100 (SiT-XL/2, 128 images): 29.6 GiB for 29.7 in bf16, 36.2 for 36.1 under autocast.
 Batches of several sizes have the tokens of data.batch_size images at most (see `buckets`), so that is what is counted.
 It is an estimate for planning: the CUDA context and fragmentation take `RESERVE` on top.
@@ -86,8 +87,12 @@ def predict(cfg: Config, model: SiT, world_size: int) -> Prediction:
     unit = cfg.data.batch_size // world_size // accumulate * tokens * width * size
     stream = 2 if low and not sharded and not narrow else 1  # fp32 under autocast
     hidden = ratio * (2 if cfg.train.mlp_save == "both" else 1)
-    full = 8 + hidden + 2 * stream
-    kept = {"none": full, "selective": 6 + hidden + stream, "block": 1 + stream}[cfg.parallel.activation_checkpoint]
+    text = model.config["text"]
+    keys = 2 * text["length"] / tokens if text else 0  # of the captions, in units of u
+    cross = 4 + stream + keys if text else 0
+    full = 8 + hidden + 2 * stream + cross
+    some = 6 + hidden + stream + (3 + keys if text else 0)
+    kept = {"none": full, "selective": some, "block": 1 + stream}[cfg.parallel.activation_checkpoint]
     again = 0 if cfg.parallel.activation_checkpoint == "none" else full
     activations = int(unit * (depth * kept + again + 8 + ratio))
 

@@ -71,6 +71,7 @@ _COLUMNS = (
     "eta_s",
     "skipped",
     "unreadable",
+    "cut_captions",
 )
 _DROPPED_FIRST = (
     "lr",
@@ -80,6 +81,7 @@ _DROPPED_FIRST = (
     "mfu",
     "eta_s",
     "images_per_s",
+    "cut_captions",
     "unreadable",
     "skipped",
     "loss",
@@ -295,7 +297,7 @@ class Logger:
 
     def _cell(self, name: str, values: Mapping[str, Any]) -> str:
         value = values.get(name)
-        if value is None or (name in ("skipped", "unreadable") and value <= 0):
+        if value is None or (name in ("skipped", "unreadable", "cut_captions") and value <= 0):
             return ""
         if name == "step":
             return f"step {self._position(value)}"

@@ -1,4 +1,5 @@
-"""Sample from a trained model: `python -m sitfast.sample --ckpt runs/digits --classes 0-9 --cfg 3`.
+"""Sample from a trained model: `python -m sitfast.sample --ckpt runs/digits --classes 0-9 --cfg 3`, or, where it reads
+captions, `--prompt "a red circle" --prompt "a blue square"`.
 
     starting noise (seed, number of the sample) → ODE or SDE from t = 0 to t = 1, guided → vae.decode → PNG grid, PNGs, .npz;
                                                                                                        of genes, .h5ad
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from sitfast.errors import SitfastError
 from sitfast.interpolant import Interpolant
 from sitfast.model import SiT, build_model, load_state
 from sitfast.sampling import sample, start_noise
+from sitfast.text import Text, TextEncoder, build_text
 from sitfast.vae import build_vae
 
 
@@ -37,18 +40,30 @@ def labels_for(num: int, classes: tuple[int, ...] | None, num_classes: int) -> T
     return torch.tensor([classes[i % len(classes)] for i in range(num)])
 
 
+def prompts_for(num: int, prompts: Sequence[str]) -> list[str]:
+    """`num` captions: the given ones in turn."""
+    if num < 1:
+        raise SitfastError(f"--num {num} must be at least 1")
+    if not prompts:
+        raise SitfastError('this model reads captions; give some, as --prompt "a red circle" or sample.prompts')
+    return [prompts[i % len(prompts)] for i in range(num)]
+
+
 @torch.no_grad()
 def generate(
     model: SiT,
     vae: Any,
     interpolant: Interpolant,
-    labels: Tensor,
+    labels: Tensor | Sequence[str],
     *,
     settings: SampleConfig,
-    null: int | None,
+    null: int | Text | None,
     seed: int,
+    text: TextEncoder | None = None,
 ) -> Tensor:
-    """Images `[N, C, H, W]` in [-1, 1], or expression `[N, G]`, on the CPU for the labels `[N]`, `settings.batch_size` at a time.
+    """Images `[N, C, H, W]` in [-1, 1], or expression `[N, G]`, on the CPU, `settings.batch_size` at a time.
+
+    `labels` are N class numbers, or captions, which `text` encodes.
 
     The model runs uncompiled here.
     """
@@ -59,7 +74,11 @@ def generate(
     done = []
     with torch.compiler.set_stance("force_eager"):  # batches of other sizes must not make the blocks compile again
         for index in torch.arange(len(labels), device=device).split(settings.batch_size):
-            y = labels.to(device)[index]
+            if isinstance(labels, Tensor):
+                y = labels.to(device)[index]
+            else:
+                assert text is not None
+                y = text([labels[i] for i in index.tolist()])
             noise = start_noise(seed, index, shape)
             x, _ = sample(model, interpolant, noise, y, null=null, settings=settings, seed=seed, index=index)
             x = vae.decode(x).float()
@@ -91,14 +110,23 @@ class Restored:
         self.vae = self.panel or build_vae(self.cfg.vae, device=self.device, seed=self.cfg.seed)
         self.class_names: list[str] = self.state.get("class_names", [])
         self.interpolant = Interpolant.from_config(self.cfg.path, self.cfg.seed)
-        self.null = self.cfg.model.num_classes if self.cfg.model.class_dropout_prob > 0 else None
+        self.text = build_text(self.cfg.text, self.device)
+        null = self.text([""]) if self.text else self.cfg.model.num_classes
+        self.null = null if self.cfg.model.class_dropout_prob > 0 else None
 
-    def generate(self, labels: Tensor, *, seed: int) -> Tensor:
-        """Images `[N, C, H, W]` in [-1, 1], or expression `[N, G]`, for labels `[N]`, by the `sample` section of the config."""
+    def generate(self, labels: Tensor | Sequence[str], *, seed: int) -> Tensor:
+        """Images `[N, C, H, W]` in [-1, 1], or expression `[N, G]`, for N labels or captions, by the `sample` settings."""
         dtype = torch.bfloat16 if self.device.type == "cuda" and self.cfg.train.precision in ("bf16", "fp16") else None
         with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
             return generate(
-                self.model, self.vae, self.interpolant, labels, settings=self.cfg.sample, null=self.null, seed=seed
+                self.model,
+                self.vae,
+                self.interpolant,
+                labels,
+                settings=self.cfg.sample,
+                null=self.null,
+                seed=seed,
+                text=self.text,
             )
 
 
@@ -138,7 +166,10 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m sitfast.sample", description="Sample from a checkpoint.")
     add_checkpoint_arguments(parser)
     parser.add_argument("--classes", help="such as 0-9 or 1,5,7-8, or names; taken in turn")
-    parser.add_argument("--num", type=int, help="samples in all (default: four of each class asked for, or sample.num)")
+    parser.add_argument(
+        "--prompt", action="append", metavar="CAPTION", help="of a model that reads captions; repeatable"
+    )
+    parser.add_argument("--num", type=int, help="samples in all (default: four of each class or prompt, or sample.num)")
     parser.add_argument("--cfg", type=float, help="guidance scale, short for sample.cfg=…; 1 is none")
     parser.add_argument("--method", help="short for sample.method=…")
     parser.add_argument("--steps", type=int, help="short for sample.steps=…")
@@ -156,14 +187,27 @@ def main(argv: list[str]) -> int:
         raise SitfastError(f"--format {kind}: {run.folder} was trained on {holds}; use {use}")
     settings, num_classes = run.cfg.sample, run.cfg.model.num_classes
     classes, num, columns = settings.classes, settings.num, None
+    if args.prompt and not run.text:
+        raise SitfastError(f"--prompt: {run.folder} was trained on classes; use --classes")
+    if args.classes and run.text:
+        raise SitfastError(f"--classes: {run.folder} was trained on captions; use --prompt")
+    if args.prompt:
+        num, columns = 4 * len(args.prompt), len(args.prompt) if len(args.prompt) <= 20 else None
     if args.classes:
         classes = parse_classes(args.classes, num_classes, run.class_names)
         num = 4 * len(classes)
         columns = len(classes) if len(classes) <= 20 else None
     if args.num is not None:
         num = args.num
-    labels = labels_for(num, classes, num_classes)
-    x = run.generate(labels, seed=args.seed)
+    if run.text:
+        prompts = args.prompt or settings.prompts or ()
+        for cut in run.text.tokenizer(prompts).cut:
+            print(f"warning: a prompt is cut after {run.cfg.text.length} tokens: {cut!r}", file=sys.stderr)
+        x = run.generate(prompts_for(num, prompts), seed=args.seed)
+        labels = torch.arange(num) % len(prompts)  # which prompt, for .npz
+    else:
+        labels = labels_for(num, classes, num_classes)
+        x = run.generate(labels, seed=args.seed)
 
     step = run.state["step"]
     if run.panel:

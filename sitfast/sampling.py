@@ -20,8 +20,9 @@ from torch import Tensor
 from sitfast.errors import SitfastError
 from sitfast.interpolant import Interpolant
 from sitfast.philox import Stream, normal
+from sitfast.text import Condition, Text, with_unconditional
 
-Model = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x [B, C, ...], t [B], y [B]) -> [B, C or 2C, ...]
+Model = Callable[[Tensor, Tensor, Any], Tensor]  # (x [B, C, ...], t [B], y as in `sample`) -> [B, C or 2C, ...]
 Field = Callable[[Tensor, float], Tensor]  # (x, t) -> dx/dt
 
 
@@ -35,18 +36,19 @@ def sample(
     model: Model,
     interpolant: Interpolant,
     noise: Tensor,
-    y: Tensor,
+    y: Condition,
     *,
-    null: int | None,
+    null: int | Text | None,
     settings: Any,
     seed: int = 0,
     index: Tensor | None = None,
 ) -> tuple[Tensor, int]:
-    """Carry noise `[B, C, ...]` with labels y `[B]` to data `[B, C, ...]`; also the number of model calls that it took.
+    """Carry noise `[B, C, ...]` with y to data `[B, C, ...]`; also the number of model calls that it took.
 
-    `settings` is the `sample` section of a config; its `steps` include an SDE's last step. `null` is the label of the
-    null class (None: the model has none). `index` `[B]` numbers the samples for the SDE's noise (default 0, 1, ...), so
-    that a sample does not depend on the batch it is part of, dopri5's common step size aside.
+    y is labels `[B]`, or captions (`Text`). `settings` is the `sample` section of a config; its `steps` include an SDE's last
+    step. `null` is the label of the null class, or the empty caption (None: the model has none). `index` `[B]` numbers the
+    samples for the SDE's noise (default 0, 1, ...), so that a sample does not depend on the batch it is part of, dopri5's
+    common step size aside.
     """
     x = noise.to(torch.float32)
     guided = GuidedModel(model, y, null=null, settings=settings)
@@ -66,14 +68,14 @@ class GuidedModel:
     everywhere if cfg = 1, only the conditional half is evaluated.
     """
 
-    def __init__(self, model: Model, y: Tensor, *, null: int | None, settings: Any) -> None:
+    def __init__(self, model: Model, y: Condition, *, null: int | Text | None, settings: Any) -> None:
         if settings.cfg != 1 and null is None:
             raise SitfastError(
                 f"sample.cfg={settings.cfg} needs a null class, and this model was trained without one "
                 "(model.class_dropout_prob=0); use sample.cfg=1"
             )
         self.model, self.y, self.scale = model, y, settings.cfg
-        self.both = y if null is None else torch.cat((y, torch.full_like(y, null)))
+        self.both = y if null is None else with_unconditional(y, null)
         self.interval: tuple[float, float] = settings.cfg_interval
         self.channels = 3 if settings.cfg_channels == "first3" else None
         self.num_calls = 0
@@ -93,7 +95,7 @@ class GuidedModel:
         out[:, touched] = uncond[:, touched] + self.scale * (cond - uncond)[:, touched]
         return out
 
-    def _evaluate(self, x: Tensor, t: float, y: Tensor) -> Tensor:
+    def _evaluate(self, x: Tensor, t: float, y: Condition) -> Tensor:
         return self.model(x, _time(x, t), y)[:, : x.shape[1]].to(torch.float32)
 
 

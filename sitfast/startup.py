@@ -42,6 +42,7 @@ def table(run: Trainer, num_rows: int, *, start: str) -> list[tuple[str, str]]:
         ("data", f"{cfg.data.source}: {num_rows:,} {what} to train on, {cfg.data.val_samples:,} held out"),
         ("batch", _batches(run)),
         ("vae", cfg.vae.id or ("none: expression" if run.panel else "none: pixels")),
+        *([("text", f"{cfg.text.encoder}, {cfg.text.length} tokens")] if run.text else []),
         ("precision", precision.get(cfg.train.precision, cfg.train.precision)),
         ("parallel", _parallel(run)),
         ("memory", f"{run.predicted}" + (f" of {run.memory / 2**30:.1f}" if run.memory else "")),

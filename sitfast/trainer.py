@@ -35,19 +35,14 @@ from sitfast.interpolant import Interpolant
 from sitfast.kernels import use_reference
 from sitfast.kernels.interpolate import interpolate
 from sitfast.loss import interpolant_loss
-from sitfast.model import (
-    Mlp,
-    build_model,
-    forward_macs,
-    load_state,
-    preset_kwargs,
-)
+from sitfast.model import Mlp, build_model, forward_macs, load_state, preset_kwargs
 from sitfast.optim import Update, learning_rate
 from sitfast.parallel import World
 from sitfast.precision import AUTOCAST, WorkingCopy, wants_copy
 from sitfast.profiling import Window, annotate
 from sitfast.resize import fit
-from sitfast.sample import generate, labels_for
+from sitfast.sample import generate, labels_for, prompts_for
+from sitfast.text import DROPPED, Text, build_text, text_shape
 from sitfast.vae import build_vae
 
 ELSEWHERE = "a signal to another rank"
@@ -75,7 +70,13 @@ class Trainer:
 
         source = data.build_source(cfg.data)
         world.agree("data", _fingerprint(source))
-        if source.num_classes > cfg.model.num_classes:
+        if cfg.text.encoder is not None:
+            if not (isinstance(source, data.Captioned) and source.captioned):
+                raise SitfastError(
+                    f"text.encoder={cfg.text.encoder} needs captions, and data.path={cfg.data.path} has none; encode it again"
+                    " from a source with data.caption_column, or use text.encoder=null"
+                )
+        elif source.num_classes > cfg.model.num_classes:
             raise SitfastError(
                 f"model.num_classes={cfg.model.num_classes} is too few: {cfg.data.source} holds labels up to"
                 f" {source.num_classes - 1}; use model.num_classes={source.num_classes}"
@@ -88,9 +89,11 @@ class Trainer:
             growing.each(self.whole, lambda one: _check_sizes(one, self.vae))
         if isinstance(source, Latents):
             source.check_vae(self.vae)
+        self.text = build_text(cfg.text, self.device)
         self.interpolant = Interpolant.from_config(cfg.path, cfg.seed)
         self.panel = source.panel.state() if isinstance(source, Genes) else None
         self.model_kwargs = {
+            **({"text": text_shape(cfg.text)} if self.text else {}),
             **({"genes": True} if self.panel else {}),
             "input_size": source.image_size // self.vae.downsample,
             "in_channels": self.vae.latent_channels(source.channels),
@@ -107,9 +110,11 @@ class Trainer:
             if not self.panel:
                 weights = fit(weights, self.model.config)
             load_state(self.model, weights, source=cfg.model.init_from)
-        self.null = cfg.model.num_classes if cfg.model.class_dropout_prob > 0 else None
         prob, dtype = cfg.model.class_dropout_prob, AUTOCAST[cfg.train.precision]
-        self.draw = {"drop": prob, "null": cfg.model.num_classes, "dtype": dtype}  # what a step asks of `interpolate`
+        self.empty = self.text([""]) if self.text else None
+        self.null = (self.empty or cfg.model.num_classes) if prob > 0 else None
+        null = DROPPED if self.text else cfg.model.num_classes
+        self.draw = {"drop": prob, "null": null, "dtype": dtype}  # what a step asks of `interpolate`
         self.buckets = Buckets(cfg.data, cfg.seed)
         self.macs = forward_macs(self.model)
         pixels = (self.model.patch_size * self.vae.downsample) ** 2  # of a token
@@ -159,8 +164,10 @@ class Trainer:
             world_size=world.size,
             device=self.device,
             quarantine=self.run_dir / "quarantine.txt",
+            tokenizer=self.text.tokenizer if self.text else None,
         )
-        self.encoded = Ahead(self._next_batch, self.vae, self.device)
+        self.cut_captions = 0
+        self.encoded = Ahead(self._next_batch, self.vae, self.device, text=self.text)
         self.source, self.val_rows = source, val_rows[world.rank :: world.size]
         self.profile = Window(cfg.profile, self.run_dir, rank=world.rank, network=self.network)
         self.peak = metrics.peak_flops(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
@@ -182,10 +189,11 @@ class Trainer:
         total, bucket = torch.zeros((), device=self.device), self.buckets[self.step]
         for micro in range(self.cfg.train.accumulate):
             batch = next(self.encoded)
+            inputs = batch.x, batch.index, batch.y, *(batch.text or ())
             if self.recorded:
-                total += self.recorded(micro == 0, batch.x, batch.index, batch.y)
+                total += self.recorded(micro == 0, *inputs)
             else:
-                total += self._compute(batch.x, batch.index, batch.y, last=micro == self.cfg.train.accumulate - 1)
+                total += self._compute(*inputs, last=micro == self.cfg.train.accumulate - 1)
         with annotate("clip_optimizer_ema"):
             grad_norm = self.update.step(self.step, total)
             if not (self.recorded and self.recorded.active):
@@ -196,18 +204,20 @@ class Trainer:
         self._macs += self.work[bucket]
         return grad_norm
 
-    def _compute(self, x: Tensor, index: Tensor, y: Tensor, last: bool = True) -> Tensor:
+    def _compute(self, x: Tensor, index: Tensor, y: Tensor, *text: Tensor, last: bool = True) -> Tensor:
         """Gradients of one micro-batch, added to those that are there; returns its share of the step's loss.
 
-        Under data parallelism the `last` one of a step reduces them over the ranks.
+        `text` is the parts of a `Text` where the model reads captions. Under data parallelism the `last` one of a step
+        reduces the gradients over the ranks.
         """
         accumulate = self.cfg.train.accumulate
         with annotate("interpolate"):
             xt, t, target, labels = interpolate(self.interpolant, x, index, labels=y, **self.draw)
+            condition = Text(*text).replaced(labels == DROPPED, self.empty) if self.empty else labels
         with parallel.no_reduction(self.network, skip=not last):
             with annotate("forward"):
                 with self.autocast():
-                    out = self.network(xt, t, labels)
+                    out = self.network(xt, t, condition)
                 loss = interpolant_loss(out, target, t, interpolant=self.interpolant).mean() / accumulate
             with annotate("backward"):
                 self.update.scale_loss(loss).backward()
@@ -226,6 +236,12 @@ class Trainer:
     def _next_batch(self) -> data.Batch:
         self.world.at(self.step, "reading data")
         batch = next(self.loader)
+        if batch.cut and not self.cut_captions:
+            self.logger.warn(
+                f"a caption is longer than text.length={self.cfg.text.length} tokens and was cut: {batch.cut[0]!r}; the log"
+                " counts such captions of this rank"
+            )
+        self.cut_captions += len(batch.cut)
         self.world.at(self.step, "training")
         return batch
 
@@ -310,6 +326,7 @@ class Trainer:
             record["stage"] = self.number + 1
         record["skipped"] = self.update.skipped.item()
         record["unreadable"] = self.loader.unreadable
+        record["cut_captions"] = self.cut_captions if self.text else None
         self.logger.step(record)
         self.window = []
         self._begin_window()
@@ -343,6 +360,7 @@ class Trainer:
                 batches,
                 vae=self.vae,
                 interpolant=self.interpolant,
+                text=self.text,
                 bins=self.cfg.log.val_bins,
                 world=self.world,
             )
@@ -350,11 +368,14 @@ class Trainer:
         self.logger.scalars(self.step, values)
 
     def _sample(self) -> None:
-        """A grid from the averaged weights, at the same noise and labels every time."""
+        """A grid from the averaged weights, at the same noise and labels or prompts every time."""
         if not self.world.is_main and self.mesh is None:
             return
         settings = self.cfg.sample
-        labels = labels_for(settings.num, settings.classes, self.cfg.model.num_classes)
+        if self.text:
+            labels = prompts_for(settings.num, settings.prompts or ())
+        else:
+            labels = labels_for(settings.num, settings.classes, self.cfg.model.num_classes)
         try:
             with (
                 self._pause("sample"),
@@ -372,6 +393,7 @@ class Trainer:
                     settings=settings,
                     null=self.null,
                     seed=self.cfg.seed,
+                    text=self.text,
                 )
             path = save_grid(images, self.run_dir / "samples" / f"step-{self.step}.png")
         except SitfastError as error:  # an early model can defeat an integrator; that is no reason to end the training

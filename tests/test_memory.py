@@ -7,7 +7,7 @@ import sitfast.trainer
 from sitfast import config, memory
 from sitfast.errors import SitfastError
 from sitfast.memory import GIB
-from sitfast.model import build_model
+from sitfast.model import build_model, count_parameters
 from sitfast.trainer import Trainer
 from tests.conftest import losses, train
 
@@ -31,6 +31,18 @@ def test_activations_and_gradients_are_those_measured_on_an_h100(model):
     assert measured == pytest.approx(36.2, rel=0.02)
     low = predicted(model)
     assert (low.activations + low.gradients) / GIB == pytest.approx(29.6, rel=0.02)
+
+
+def test_a_cross_attention_keeps_five_units_and_the_keys_and_values_of_the_caption(model):
+    text = {"length": 77, "width": 768, "pooled": 768, "depth": 0}
+    with torch.device("meta"):
+        reads = build_model("SiT-XL/2", input_size=32, text=text)
+    more = predicted(reads).activations - predicted(model).activations
+    images, tokens, width, depth = 128, 256, 1152, 28
+    assert more == pytest.approx(depth * 2 * images * width * (5 * tokens + 2 * 77), rel=1e-9)
+    more = count_parameters(reads) - count_parameters(model)
+    linears = depth * (4 * width**2 + 4 * width + width) + (768 + 1) * width  # with their gates, and context_embedder
+    assert more == linears + (768 + 1 + width + 1) * width - 1001 * width  # y_embedder, in place of the label's table
 
 
 def test_what_is_held_follows_from_the_parameters(model):

@@ -66,8 +66,17 @@ def gelu(x: Tensor) -> Tensor:
     return x / 2 * (1 + (math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)).tanh())
 
 
-def published_forward(weights: dict[str, Tensor], x: Tensor, t: float, label: int, *, heads: int, patch: int) -> Tensor:
-    """One image [C, H, W] to all output channels."""
+def published_forward(
+    weights: dict[str, Tensor],
+    x: Tensor,
+    t: float,
+    label: int,
+    *,
+    heads: int,
+    patch: int,
+    caption: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """One image [C, H, W] to all output channels; in place of the label, states [n, C] and pooled vector [P] of a caption."""
 
     def linear(name: str, value: Tensor) -> Tensor:
         return value @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
@@ -81,7 +90,11 @@ def published_forward(weights: dict[str, Tensor], x: Tensor, t: float, label: in
     angles = [t * 10000 ** (-i / 128) for i in range(128)]
     waves = torch.tensor([math.cos(a) for a in angles] + [math.sin(a) for a in angles], dtype=torch.float64)
     c = linear("t_embedder.mlp.2", silu(linear("t_embedder.mlp.0", waves)))
-    c = silu(c + weights["y_embedder.embedding_table.weight"][label])
+    if caption is None:
+        c = silu(c + weights["y_embedder.embedding_table.weight"][label])
+    else:
+        c = silu(c + linear("y_embedder.mlp.2", silu(linear("y_embedder.mlp.0", caption[1]))))
+        words = linear("context_embedder", caption[0])
 
     depth = 1 + max(int(key.split(".")[1]) for key in weights if key.startswith("blocks."))
     for name in (f"blocks.{i}" for i in range(depth)):
@@ -90,6 +103,15 @@ def published_forward(weights: dict[str, Tensor], x: Tensor, t: float, label: in
         q, k, v = (part.reshape(-1, heads, width // heads).transpose(0, 1) for part in qkv.split(width, dim=-1))
         scores = (q @ k.transpose(1, 2) / math.sqrt(width // heads)).softmax(-1)
         tokens = tokens + gate1 * linear(f"{name}.attn.proj", (scores @ v).transpose(0, 1).reshape(-1, width))
+        if caption is not None:
+            parts = (
+                linear(f"{name}.cross_attn.q", layer_norm(tokens)),
+                *linear(f"{name}.cross_attn.kv", words).chunk(2, -1),
+            )
+            q, k, v = (part.reshape(-1, heads, width // heads).transpose(0, 1) for part in parts)
+            scores = (q @ k.transpose(1, 2) / math.sqrt(width // heads)).softmax(-1)
+            read = linear(f"{name}.cross_attn.proj", (scores @ v).transpose(0, 1).reshape(-1, width))
+            tokens = tokens + weights[f"{name}.cross_attn.gate"] * read
         hidden = linear(f"{name}.mlp.fc1", layer_norm(tokens) * (1 + scale2) + shift2)
         tokens = tokens + gate2 * linear(f"{name}.mlp.fc2", gelu(hidden))
 

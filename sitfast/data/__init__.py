@@ -20,6 +20,7 @@ from sitfast.data.sampler import BlockOrder
 
 if TYPE_CHECKING:
     from sitfast.config import DataConfig
+    from sitfast.text import Text
 
 SOURCES = {
     "digits": "sitfast.data.digits",
@@ -27,6 +28,7 @@ SOURCES = {
     "genes": "sitfast.data.genes",
     "hf": "sitfast.data.hf",
     "latents": "sitfast.data.latents",
+    "shapes": "sitfast.data.shapes",
     "webdataset": "sitfast.data.webdataset",
 }
 
@@ -90,7 +92,7 @@ class Batch:
     """One micro-batch: x, labels y `[B]`, global sample indices `[B]`, names of replaced rows, and texts where there are any.
 
     x is images `[B, C, H, W]`, the moments of cached latents `[B, 2, C, h, w]`, which `vae.encode` takes as well, or genes
-    `[B, G]`.
+    `[B, G]`. `text` is the captions' tokens where the model reads them, `cut` those of the captions that were too long.
     """
 
     x: Tensor
@@ -98,13 +100,16 @@ class Batch:
     index: Tensor
     skipped: tuple[str, ...] = ()
     captions: tuple[str, ...] = ()
+    text: Text | None = None
+    cut: tuple[str, ...] = ()
 
     def to(self, device: torch.device | str) -> Batch:
         """On the device, without waiting for the copy; uint8 pixels travel as such and become fp32 in [−1, 1] there."""
         x, y, index = (tensor.to(device, non_blocking=True) for tensor in (self.x, self.y, self.index))
         if x.dtype == torch.uint8:
             x = x.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1.0)
-        return Batch(x, y, index, self.skipped, self.captions)
+        text = None if self.text is None else self.text.to(device)
+        return Batch(x, y, index, self.skipped, self.captions, text, self.cut)
 
 
 def build_source(data: DataConfig) -> Source:

@@ -5,8 +5,8 @@
     main stream     ─ step n ──────────────────────────────────── wait → step n+1
 
 Batch n + 1 is asked for once step n is launched: a slow loader delays no launch, and the GPU has work meanwhile. On a GPU the
-copy and the VAE run on a stream of their own; elsewhere all is in line. Which batch comes, and what is drawn for it, does not
-depend on that.
+copy, the VAE and a frozen text encoder run on a stream of their own; elsewhere all is in line. Which batch comes, and what is
+drawn for it, does not depend on that.
 """
 
 from __future__ import annotations
@@ -21,16 +21,20 @@ import torch
 
 from sitfast.data import Batch
 from sitfast.profiling import annotate
+from sitfast.text import TextEncoder
 
 _LEAD = 2  # batches; more would hide nothing more, and hold memory
 
 
 class Ahead:
-    """Iterates over the batches of `fetch`, with `vae.encode` of x in place of x."""
+    """Iterates over the batches of `fetch`, with `vae.encode` of x in place of x, and `text.encode` of captions' tokens."""
 
-    def __init__(self, fetch: Callable[[], Batch], vae: Any, device: torch.device) -> None:
+    def __init__(
+        self, fetch: Callable[[], Batch], vae: Any, device: torch.device, *, text: TextEncoder | None = None
+    ) -> None:
         self.fetch = fetch
         self.vae = vae
+        self.text = text
         self.device = device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._waits: collections.deque[tuple[torch.cuda.Event, torch.cuda.Event]] = collections.deque()
@@ -56,7 +60,7 @@ class Ahead:
             self._waits.append((ended, _record(self.stream)))
             batch = self._encode(batch)
         current.wait_stream(self.stream)
-        for tensor in (batch.x, batch.y, batch.index):
+        for tensor in (batch.x, batch.y, batch.index, *(batch.text or ())):
             tensor.record_stream(current)  # its memory is not given away before this stream is done with it
         return batch
 
@@ -83,7 +87,8 @@ class Ahead:
 
     def _encode(self, batch: Batch) -> Batch:
         with annotate("encode"):
-            return dataclasses.replace(batch, x=self.vae.encode(batch.x, batch.index))
+            text = self.text.encode(batch.text) if self.text and batch.text else None
+            return dataclasses.replace(batch, x=self.vae.encode(batch.x, batch.index), text=text)
 
 
 def _record(stream: torch.cuda.Stream) -> torch.cuda.Event:

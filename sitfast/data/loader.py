@@ -29,6 +29,7 @@ from sitfast.data.image import Crop, EncodedImages, Size
 from sitfast.data.quarantine import Quarantine
 from sitfast.data.sampler import BlockOrder, Order, Sized, micro_batches, sized_batches
 from sitfast.errors import SitfastError
+from sitfast.text import Text, Tokenizer
 
 if TYPE_CHECKING:
     from sitfast.config import DataConfig
@@ -55,6 +56,7 @@ class Loader:
         quarantine: Path | None,
         step: int = 0,
         buckets: Buckets | None = None,
+        tokenizer: Tokenizer | None = None,
     ) -> None:
         """`step` is the update that begins there, and `buckets` the sizes of the batches; None is data.batch_size images
         of the source's own size."""
@@ -65,7 +67,8 @@ class Loader:
         indices = micro_batches(consumed, batch_size=data.batch_size, **share)
         if buckets is not None and buckets.several:
             indices = sized_batches(buckets, step, consumed, **share)
-        settings = {"seed": seed, "flip": data.flip, "random_crop": data.crop == "random", "patience": patience}
+        settings: dict[str, Any] = {"seed": seed, "flip": data.flip, "random_crop": data.crop == "random"}
+        settings |= {"patience": patience, "tokenizer": tokenizer}
         reader = Reader(source, rows, **settings)
         if data.decoder == "dali":
             from sitfast.data import dali
@@ -154,11 +157,13 @@ class Loaded(NamedTuple):
     failure: str = ""
     detail: str = ""
     captions: tuple[str, ...] = ()
+    text: Text | None = None
+    cut: tuple[str, ...] = ()
 
     def batch(self) -> Batch:
         if self.failure:
             raise SitfastError(self.failure) from (RuntimeError(self.detail) if self.detail else None)
-        return Batch(self.x, self.y, self.index, tuple(dict(self.unreadable)), self.captions)
+        return Batch(self.x, self.y, self.index, tuple(dict(self.unreadable)), self.captions, self.text, self.cut)
 
 
 class _Answering(Dataset):
@@ -187,7 +192,15 @@ class Reader(_Answering):
     alike."""
 
     def __init__(
-        self, source: Source, rows: NDArray[np.int64], *, seed: int, flip: bool, random_crop: bool, patience: int
+        self,
+        source: Source,
+        rows: NDArray[np.int64],
+        *,
+        seed: int,
+        flip: bool,
+        random_crop: bool,
+        patience: int,
+        tokenizer: Tokenizer | None = None,
     ) -> None:
         self.source = source
         self.rows = rows
@@ -195,6 +208,7 @@ class Reader(_Answering):
         self.flip = flip
         self.random_crop = random_crop
         self.patience = patience
+        self.tokenizer = tokenizer
         self.mapped = source if isinstance(source, Mapped) else None
         self.size: Size | None = None  # of the images of this micro-batch; None: the source's own
         self.begun = False  # whether this process has asked the disk for the first window
@@ -211,14 +225,19 @@ class Reader(_Answering):
             self.begun = True
             self.mapped.read_ahead(self.rows[self.order.ahead(index.numpy())])
             rows = self.rows[positions]
-            return Loaded(*self.mapped.gather(rows, mirrored), index, unreadable, captions=_captions(self.source, rows))
+            return self._with_texts(Loaded(*self.mapped.gather(rows, mirrored), index, unreadable), rows)
         crops: list[Crop | None] = [None] * len(item)
         if self.random_crop:
             crops = [Crop(*draw) for draw in philox.uniform(self.seed, index, philox.Stream.CROP, 3).tolist()]
         loaded = [self._load(*each, unreadable) for each in zip(positions, crops, strict=True)]
         images, labels, rows = zip(*loaded, strict=True)
         x = self.collate(images, mirrored)
-        return Loaded(x, torch.tensor(labels), index, unreadable, captions=_captions(self.source, rows))
+        return self._with_texts(Loaded(x, torch.tensor(labels), index, unreadable), rows)
+
+    def _with_texts(self, loaded: Loaded, rows: Iterable[int]) -> Loaded:
+        captions = _captions(self.source, rows)
+        text, cut = self.tokenizer(captions) if self.tokenizer else (None, ())
+        return loaded._replace(captions=captions, text=text, cut=cut)
 
     def fetch(self, row: int, crop: Crop | None) -> tuple[Any, int]:
         """One row of the source; `Unreadable` where that fails."""

@@ -162,6 +162,21 @@ def test_kernel_takes_gradients_with_strides_of_zero(small_chunks):
     assert_equal(run_all(on_chunks(kernel), inputs, zero_strides), run_all(on_chunks(kernel), inputs, [one, one]))
 
 
+def test_kernel_takes_one_gate_for_all_samples(small_chunks):
+    """A gate that is a weight, spread over the batch by a stride of zero: its gradient is the sum over the samples."""
+    x, y, _, bias = operands()
+    plain, gate = torch.zeros(2, 48, device=DEVICE), torch.randn(48, device=DEVICE)
+    grads = [torch.randn_like(x), torch.randn_like(x)]
+
+    def spread(function):
+        return lambda x, y, gate, bias: function(x, y, gate.expand(2, 48), plain, plain, bias)
+
+    got = run_all(spread(kernel), (x, y, gate, bias), grads)
+    expected = run_all(spread(formula), [v.double() for v in (x, y, gate, bias)], grads)
+    for a, b in zip(got, expected, strict=True):
+        assert (a - b).abs().max() <= 2.0**-16 * b.abs().max().clamp_min(1)
+
+
 def test_kernel_with_gate_zero_passes_x_through_and_still_learns():
     x, y, adaln, bias = operands()
     adaln[:, 2 * 48 : 3 * 48] = 0
