@@ -93,6 +93,7 @@ class TextConfig(Section):
     width: Positive = 256  # of the byte encoder
     depth: Positive = 2  # of the byte encoder
     precision: Literal["fp32", "bf16"] = "fp32"  # of a frozen encoder
+    cache: bool = False  # sitfast.encode stores the states of a frozen encoder beside the latents; training reads them
 
 
 class PathConfig(Section):
@@ -519,12 +520,16 @@ def _combinations(cfg: Config) -> Iterator[Problem]:
             )
         elif data.source in ("hf", "webdataset") and data.caption_column is None:
             yield problem("text.encoder", "data.caption_column", rule="name the captions in data.caption_column")
+        if cfg.text.encoder == "bytes" and cfg.text.cache:
+            yield problem("text.cache", "text.encoder", rule="it learns along with the model; use text.cache=false")
         if sample.classes is not None:
             yield problem(
                 "text.encoder", "sample.classes", rule="captions take the place of classes; use sample.prompts"
             )
         if sample.every and not sample.prompts:
             yield problem("text.encoder", "sample.prompts", rule="sample grids need captions, such as [a red circle]")
+    elif cfg.text.cache:
+        yield problem("text.cache", "text.encoder", rule="there is no encoder; name a CLIP text model or T5 encoder")
     elif sample.prompts is not None:
         yield problem("sample.prompts", "text.encoder", rule="only a model of captions reads them; use sample.classes")
     if data.source == "shapes":

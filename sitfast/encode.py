@@ -27,6 +27,7 @@ from sitfast.data.loader import in_order
 from sitfast.data.quarantine import Quarantine
 from sitfast.errors import SitfastError
 from sitfast.parallel import World
+from sitfast.text import Frozen, Text, TextEncoder, build_text
 from sitfast.vae import AutoencoderVAE, build_vae
 
 _SHARD_BYTES = 256 << 20
@@ -56,6 +57,10 @@ def encode(
         "shard_rows": shard_rows,
         "texts": cfg.data.caption_column,
     }
+    text = build_text(cfg.text, world.device) if cfg.text.cache else None
+    if isinstance(text, Frozen):
+        about = {"encoder": cfg.text.encoder, "sha256": text.fingerprint, "precision": cfg.text.precision}
+        job["text"] = about | {"length": cfg.text.length}
     num_shards = -(-source.num_rows // shard_rows)
     missing = [k for k in range(num_shards) if not _is_done(out / latents.shard_name(k), job)]
     world.barrier()  # all have looked before anyone writes
@@ -66,7 +71,7 @@ def encode(
         done = f"; {num_shards - len(missing)} are there already" if len(missing) < num_shards else ""
         print(f"{source.num_rows:,} images in {num_shards} shards of {shard_rows:,}{done}", flush=True)
     world.barrier()
-    _encode_shards(cfg, world, out, missing[world.rank :: world.size], source=source, vae=vae, job=job)
+    _encode_shards(cfg, world, out, missing[world.rank :: world.size], source=source, vae=vae, text=text, job=job)
     world.barrier()
     if world.is_main:
         shards = [latents.read_shard(out / latents.shard_name(k)) for k in range(num_shards)]
@@ -104,6 +109,7 @@ def _encode_shards(
     *,
     source: data.Source,
     vae: AutoencoderVAE,
+    text: TextEncoder | None,
     job: dict[str, Any],
 ) -> None:
     """Encode the shards `numbers`. The device works on one batch while the host stores the one before."""
@@ -114,22 +120,28 @@ def _encode_shards(
         source, chunks, device=world.device, num_workers=cfg.data.num_workers, prefetch=cfg.data.prefetch
     )
     quarantine = Quarantine(out / "unreadable.txt", num_rows=source.num_rows, limit=cfg.data.max_unreadable)
-    moments = _ahead(batches, vae, views=job["views"], quarantine=quarantine)
-    started, encoded = time.perf_counter(), 0
+    moments = _ahead(batches, vae, text, views=job["views"], quarantine=quarantine)
+    nothing = Text(*(value[:0].cpu() for value in text([""]))) if text else None  # a shard may have no readable image
+    started, encoded, cut = time.perf_counter(), 0, 0
     for done, (number, rows) in enumerate(rows_of.items(), start=1):
         stored = torch.empty((len(rows), job["views"], *job["shape"]), dtype=latents.DTYPES[job["dtype"]])
         texts: list[str] = []
+        states = [nothing] if nothing else []
         labels, kept, count = np.empty(len(rows), np.int64), np.empty(len(rows), np.int64), 0
         sums = torch.zeros(2, job["shape"][1], dtype=torch.float64, device=world.device)
         for _ in range(0, len(rows), size):
-            values, y, index, captions = next(moments)
+            values, y, index, captions, read = next(moments)
             texts += captions
+            if text is not None and read is not None:
+                states.append(Text(*(value.cpu() for value in read)))
+                cut += len(text.tokenizer(captions).cut)
             here = slice(count, count + len(index))
             stored[here], labels[here], kept[here] = values.to(stored.dtype), y.cpu(), index.cpu()
             count += len(index)
             mean, std = values.double().unbind(2)
             sums += torch.stack([mean.sum((0, 1, 3, 4)), (mean**2 + std**2).sum((0, 1, 3, 4))])
-        _check_finite(stored[:count], kept[:count], job["dtype"])
+        packed = _packed(states, stored.dtype) if states else None
+        _check_finite(stored[:count], kept[:count], job["dtype"], packed)
         latents.write_shard(
             out,
             number,
@@ -139,20 +151,35 @@ def _encode_shards(
             rows=kept[:count],
             sums=sums.tolist(),
             texts=texts if job["texts"] else None,
+            states=packed,
         )
         encoded += count
         rate = encoded / (time.perf_counter() - started)
+        note = f"; {cut} captions cut after {job['text']['length']} tokens" if cut else ""
         if world.is_main:
-            print(f"shard {done} of {len(rows_of)} of this rank, {rate:,.0f} images/s", flush=True)
+            print(f"shard {done} of {len(rows_of)} of this rank, {rate:,.0f} images/s{note}", flush=True)
 
 
-def _ahead(batches: Iterator[Any], vae: AutoencoderVAE, *, views: int, quarantine: Quarantine) -> Iterator[Any]:
-    """(moments `[B, V, 2, C, h, w]`, labels, rows, texts) of each batch, handed out once the next one is queued on the device."""
+def _packed(states: list[Text], dtype: torch.dtype) -> latents.States:
+    """The states of the tokens alone, one text after another."""
+    values = torch.cat([text.tokens[text.mask] for text in states]).to(dtype)
+    counts = torch.cat([text.mask.sum(1) for text in states])
+    return latents.States(values, counts.cumsum(0).numpy(), torch.cat([text.pooled for text in states]).to(dtype))
+
+
+def _ahead(
+    batches: Iterator[Any], vae: AutoencoderVAE, text: TextEncoder | None, *, views: int, quarantine: Quarantine
+) -> Iterator[Any]:
+    """(moments `[B, V, 2, C, h, w]`, labels, rows, texts, what `text` makes of these) of each batch.
+
+    They are handed out once the next one is queued on the device.
+    """
     waiting = None
     for batch, unreadable in batches:
         quarantine.add(unreadable)
         parts = [torch.stack(vae.moments(x), 1) for x in (batch.x, batch.x.flip(-1))[:views]] if len(batch.x) else []
-        queued = (torch.stack(parts, 1) if parts else _nothing(vae, views, batch), batch.y, batch.index, batch.captions)
+        moments = torch.stack(parts, 1) if parts else _nothing(vae, views, batch)
+        queued = moments, batch.y, batch.index, batch.captions, text(batch.captions) if text and parts else None
         if waiting is not None:
             yield waiting
         waiting = queued
@@ -164,7 +191,7 @@ def _nothing(vae: AutoencoderVAE, views: int, batch: data.Batch) -> Tensor:
     return torch.empty(0, views, 2, vae.model.config.latent_channels, 1, 1, device=batch.y.device)
 
 
-def _check_finite(stored: Tensor, rows: np.ndarray, dtype: str) -> None:
+def _check_finite(stored: Tensor, rows: np.ndarray, dtype: str, states: latents.States | None) -> None:
     bad = ~stored.isfinite().flatten(1).all(dim=1)
     if bad.any():
         row = int(rows[int(bad.nonzero()[0])])
@@ -173,6 +200,9 @@ def _check_finite(stored: Tensor, rows: np.ndarray, dtype: str) -> None:
             f"{int(bad.sum())} images have latents that are not finite in {dtype} (first: row {row});"
             f" try {other}vae.precision=fp32"
         )
+    if states is not None and not (states.values.isfinite().all() and states.pooled.isfinite().all()):
+        other = "; try --dtype bf16" if dtype == "fp16" else ""
+        raise SitfastError(f"the encoder of the texts made states that are not finite in {dtype}{other}")
 
 
 def verify(out: Path) -> dict[str, Any]:

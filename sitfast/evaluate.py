@@ -67,7 +67,9 @@ def validation_loss(
     with torch.compiler.set_stance("force_eager"):
         for batch in batches:
             index = batch.index * world.size + world.rank + FIRST_INDEX
-            y = batch.y if text is None else text(batch.captions)
+            y = batch.y
+            if text is not None:
+                y = text.encode(batch.text) if batch.text else text(batch.captions)
             x = vae.encode(batch.x, index)
             for b, losses in enumerate(_losses(model, x, index, y, interpolant=interpolant, bins=bins)):
                 total[b] += losses.double().sum()

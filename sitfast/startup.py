@@ -14,6 +14,7 @@ from sitfast.model import count_parameters
 from sitfast.precision import AUTOCAST
 
 if TYPE_CHECKING:
+    from sitfast.config import TextConfig
     from sitfast.trainer import Trainer
 
 
@@ -42,7 +43,7 @@ def table(run: Trainer, num_rows: int, *, start: str) -> list[tuple[str, str]]:
         ("data", f"{cfg.data.source}: {num_rows:,} {what} to train on, {cfg.data.val_samples:,} held out"),
         ("batch", _batches(run)),
         ("vae", cfg.vae.id or ("none: expression" if run.panel else "none: pixels")),
-        *([("text", f"{cfg.text.encoder}, {cfg.text.length} tokens")] if run.text else []),
+        *([("text", _text(cfg.text))] if run.text else []),
         ("precision", precision.get(cfg.train.precision, cfg.train.precision)),
         ("parallel", _parallel(run)),
         ("memory", f"{run.predicted}" + (f" of {run.memory / 2**30:.1f}" if run.memory else "")),
@@ -51,6 +52,11 @@ def table(run: Trainer, num_rows: int, *, start: str) -> list[tuple[str, str]]:
         ("output", str(run.run_dir)),
         ("start", start),
     ]  # fmt: skip
+
+
+def _text(settings: TextConfig) -> str:
+    stored = ", whose states come with the latents" if settings.cache else ""
+    return f"{settings.encoder}, {settings.length} tokens{stored}"
 
 
 def _stage(run: Trainer) -> list[tuple[str, str]]:

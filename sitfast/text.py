@@ -13,6 +13,7 @@ empty one, as in Stable Diffusion: it needs no weights of its own, and `--prompt
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sitfast.errors import SitfastError
+from sitfast.vae import fingerprint
 
 if TYPE_CHECKING:
     from sitfast.config import TextConfig
@@ -173,7 +175,7 @@ class TextEncoder:
         self.device = device
 
     def encode(self, text: Text) -> Text:
-        """ids on the device → what the model takes."""
+        """ids on the device, or states that were stored → what the model takes."""
         return text
 
     def __call__(self, captions: Sequence[str]) -> Text:
@@ -185,6 +187,7 @@ class Frozen(TextEncoder):
     """A text model of transformers that is never trained: ids to states and one pooled vector a caption.
 
     pooled is CLIP's own (its last layer at the end mark), and the mean over the tokens for T5, which has none.
+    `park` it where states come from elsewhere: it then lies in the host's memory but for the captions of sample grids.
     """
 
     def __init__(self, settings: TextConfig, device: torch.device) -> None:
@@ -205,9 +208,28 @@ class Frozen(TextEncoder):
             )
         self.model.requires_grad_(False).eval().to(device)
         self.tokenizer = _Borrowed(tokenizer, settings.length)
+        self.parked = False
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        return fingerprint(self.model)
+
+    def park(self) -> None:
+        self.parked = True
+        self.model.to("cpu")
+
+    def __call__(self, captions: Sequence[str]) -> Text:
+        self.model.to(self.device)
+        text = super().__call__(captions)
+        if self.parked:
+            self.model.to("cpu")
+        return text
 
     @torch.no_grad()
     def encode(self, text: Text) -> Text:
+        if text.tokens.is_floating_point():
+            dtype = self.model.dtype
+            return Text(text.tokens.to(dtype), text.mask, text.pooled.to(dtype))
         with torch.autocast(self.device.type, enabled=False):  # its precision is its own, whatever the step's is
             out = self.model(input_ids=text.tokens, attention_mask=text.mask.to(torch.int64))
         states = out.last_hidden_state.masked_fill(~text.mask[..., None], 0)
@@ -265,7 +287,7 @@ def _described(settings: TextConfig) -> tuple[str, dict[str, int]]:
             f'text.encoder={settings.encoder} needs transformers: pip install "sitfast[text]"; text.encoder=bytes does not'
         ) from None
     with _loading(settings):
-        found: Any = transformers.AutoConfig.from_pretrained(settings.encoder)
+        found: Any = transformers.AutoConfig.from_pretrained(str(settings.encoder))
     kind = found.model_type
     if kind not in _MODELS:
         raise SitfastError(

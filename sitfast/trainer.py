@@ -42,7 +42,7 @@ from sitfast.precision import AUTOCAST, WorkingCopy, wants_copy
 from sitfast.profiling import Window, annotate
 from sitfast.resize import fit
 from sitfast.sample import generate, labels_for, prompts_for
-from sitfast.text import DROPPED, Text, build_text, text_shape
+from sitfast.text import DROPPED, Frozen, Text, build_text, text_shape
 from sitfast.vae import build_vae
 
 ELSEWHERE = "a signal to another rank"
@@ -90,6 +90,9 @@ class Trainer:
         if isinstance(source, Latents):
             source.check_vae(self.vae)
         self.text = build_text(cfg.text, self.device)
+        if isinstance(self.text, Frozen) and cfg.text.cache:
+            self._serve_states(source)
+            self.text.park()
         self.interpolant = Interpolant.from_config(cfg.path, cfg.seed)
         self.panel = source.panel.state() if isinstance(source, Genes) else None
         self.model_kwargs = {
@@ -474,6 +477,14 @@ class Trainer:
         state = checkpoint.restore(path, **self._tensors(), world=self.world)
         self.window = list(torch.tensor(state["window"], device=self.device))
         return f"resumed after step {self.step}"
+
+    def _serve_states(self, source: data.Source) -> None:
+        if not isinstance(source, Latents):
+            raise SitfastError(
+                f"text.cache=true wants the latents that sitfast.encode wrote, and data.source={self.cfg.data.source} brings"
+                " images; use data.source=latents, or text.cache=false"
+            )
+        source.serve_states(self.text)
 
     def _plan_memory(self) -> Config:
         """The config, with as many micro-batches as the memory needs where that is asked for."""

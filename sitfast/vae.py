@@ -83,12 +83,7 @@ class AutoencoderVAE:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the weights rounded to bf16: the same for every precision, format and place they come from."""
-        digest = hashlib.sha256()
-        for name, value in sorted(self.model.state_dict().items()):
-            digest.update(f"{name} {tuple(value.shape)}".encode())
-            digest.update(value.to(torch.bfloat16).cpu().contiguous().view(torch.uint8).numpy())
-        return digest.hexdigest()
+        return fingerprint(self.model)
 
     @torch.no_grad()
     def encode(self, x: Tensor, index: Tensor) -> Tensor:
@@ -138,6 +133,15 @@ class AutoencoderVAE:
 
     def _cast(self, x: Tensor) -> Tensor:
         return x.to(self.dtype).contiguous(memory_format=self.memory_format)
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """SHA-256 of the weights rounded to bf16: the same for every precision, format and place they come from."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(value.shape)}".encode())
+        digest.update(value.to(torch.bfloat16).cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def build_vae(settings: VAEConfig, *, device: torch.device | str, seed: int) -> Pixels | AutoencoderVAE:

@@ -14,6 +14,7 @@ from sitfast.errors import SitfastError
 from tests.conftest import command, losses, train
 
 ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.timeout(1500)
 
 
 @pytest.fixture(scope="module")

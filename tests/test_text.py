@@ -398,9 +398,12 @@ def test_latents_without_texts(reads, tmp_path):
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
+    return tiny_clip(tmp_path_factory.mktemp("clip"))
+
+
+def tiny_clip(path, seed=0):
     """A CLIP text model of random weights, with a tokenizer of letters."""
     transformers = pytest.importorskip("transformers")
-    path = tmp_path_factory.mktemp("clip")
     letters = [chr(code) for code in range(97, 123)]
     words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     tokenizer = transformers.CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[])
@@ -409,7 +412,7 @@ def clip(tmp_path_factory):
         vocab_size=54, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
         max_position_embeddings=40, bos_token_id=52, eos_token_id=53, pad_token_id=53,
     )  # fmt: skip
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     transformers.CLIPTextModel(shape).save_pretrained(path)
     return path
 

@@ -8,6 +8,7 @@ A new source is one module with `build(data) -> Source`, and one line in `SOURCE
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
@@ -71,6 +72,17 @@ class Captioned(Source, Protocol):
 
 
 @runtime_checkable
+class Encoded(Captioned, Protocol):
+    """A source that may hold what a frozen text encoder made of its texts."""
+
+    serves_states: bool
+
+    def states(self, rows: Sequence[int]) -> Text:
+        """States, mask and pooled vectors of the texts of `rows`."""
+        ...
+
+
+@runtime_checkable
 class Mapped(Source, Protocol):
     """A source whose rows lie in mapped files: it fills whole batches, and reads best in its own order."""
 
@@ -92,7 +104,7 @@ class Batch:
     """One micro-batch: x, labels y `[B]`, global sample indices `[B]`, names of replaced rows, and texts where there are any.
 
     x is images `[B, C, H, W]`, the moments of cached latents `[B, 2, C, h, w]`, which `vae.encode` takes as well, or genes
-    `[B, G]`. `text` is the captions' tokens where the model reads them, `cut` those of the captions that were too long.
+    `[B, G]`. `text` is the captions' tokens where the model reads them, or stored states; `cut` the captions that were too long.
     """
 
     x: Tensor

@@ -3,11 +3,12 @@
     folder/  manifest.json              VAE, image size, count, statistics; name, size and hash of every shard
              shard-00000.safetensors    moments [n, V, 2, C, h, w] fp16 or bf16 · label [n] int64 · row [n] int64
                                         and, where there are texts, text [bytes] uint8 · text_end [n] int64
+                                        and, with text.cache, state [tokens, C] · state_end [n] int64 · pooled [n, P]
 
 V views (the image, and its mirror) of 2 moments (mean and standard deviation of the posterior), so that each epoch draws
 the posterior anew: `vae.encode` makes a latent of them. A shard covers a fixed range of the source's rows and says in its own
 header of which job it is, so shards need no list until all are there; the manifest is written last. A shard's tensors begin
-at a multiple of the page size.
+at a multiple of the page size. Of the states of a frozen text encoder only those of tokens are stored, none of padding.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from torch import Tensor
 from sitfast.data.sampler import BlockOrder
 from sitfast.errors import SitfastError
 from sitfast.images import replacing
+from sitfast.text import Frozen, Text, TextEncoder
 from sitfast.vae import AutoencoderVAE, Pixels
 
 if TYPE_CHECKING:
@@ -57,8 +59,17 @@ class Shard(NamedTuple):
     shape: tuple[int, ...]  # [count, V, 2, C, h, w]
     offset: int
     end: int
-    texts: tuple[int, int] | None  # where text and text_end begin in the file
+    begins: dict[str, int]  # where each tensor begins in the file
+    widths: tuple[int, int]  # C of the states and P of the pooled vectors of the texts; zeros where there are none
     bytes: int
+
+
+class States(NamedTuple):
+    """What an encoder made of n texts: values `[T, C]` of all their tokens, ends `[n]` of each in these, pooled `[n, P]`."""
+
+    values: Tensor
+    ends: NDArray[np.int64]
+    pooled: Tensor
 
 
 def shard_name(number: int) -> str:
@@ -75,15 +86,18 @@ def write_shard(
     rows: NDArray[np.int64],
     sums: list[list[float]],
     texts: Sequence[str] | None = None,
+    states: States | None = None,
 ) -> None:
-    """Write a shard, atomically: `moments` `[n, V, 2, C, h, w]`, labels, source rows and texts `[n]`."""
-    names = {dtype: name for name, dtype in _NAMES.items()}
+    """Write a shard, atomically: `moments` `[n, V, 2, C, h, w]`, labels, source rows and texts `[n]`, and their states."""
     parts = {
-        "moments": (names[moments.dtype], moments.shape, moments.contiguous().view(torch.uint8).numpy().reshape(-1)),
+        "moments": _part(moments),
         "label": ("I64", labels.shape, labels.view(np.uint8)),
         "row": ("I64", rows.shape, rows.view(np.uint8)),
     }
-    if texts is not None:
+    if states is not None:
+        parts |= {"state_end": ("I64", states.ends.shape, states.ends.view(np.uint8))}
+        parts |= {"state": _part(states.values), "pooled": _part(states.pooled)}
+    if texts is not None:  # last, since they may end at any byte
         encoded = [text.encode() for text in texts]
         ends = np.cumsum([len(text) for text in encoded], dtype=np.int64)
         whole = np.frombuffer(b"".join(encoded), np.uint8)
@@ -104,6 +118,12 @@ def write_shard(
             file.write(data)
 
 
+def _part(values: Tensor) -> tuple[str, Sequence[int], NDArray[np.uint8]]:
+    """(dtype, shape, bytes) of a tensor of 16 bits."""
+    names = {dtype: name for name, dtype in _NAMES.items()}
+    return names[values.dtype], values.shape, values.contiguous().view(torch.uint8).numpy().reshape(-1)
+
+
 def read_shard(path: Path) -> Shard:
     """The header of a shard; SitfastError where the file is missing, truncated or no shard."""
     try:
@@ -118,6 +138,7 @@ def read_shard(path: Path) -> Shard:
         start, end = (8 + length + offset for offset in moments["data_offsets"])
         parts = {key: part["data_offsets"] for key, part in header.items() if key != "__metadata__"}
         begins = {key: 8 + length + offset for key, (offset, _) in parts.items()}
+        widths = tuple(header[key]["shape"][1] if key in header else 0 for key in ("state", "pooled"))
         expected = 8 + length + max(offset for _, offset in parts.values())
         shard = Shard(
             path,
@@ -130,7 +151,8 @@ def read_shard(path: Path) -> Shard:
             tuple(moments["shape"]),
             start,
             end,
-            (begins["text"], begins["text_end"]) if "text" in begins else None,
+            begins,
+            (widths[0], widths[1]),
             expected,
         )
         if end - start != 2 * math.prod(shard.shape) or shard.shape[0] != shard.count:
@@ -232,7 +254,8 @@ class Latents:
         self.class_names: list[str] = manifest["class_names"]
         self.num_classes = len(self.class_names)
         self.num_rows = manifest["count"]
-        self.captioned = self._shards[0].texts is not None
+        self.captioned = "text" in self._shards[0].begins
+        self.serves_states = False  # until `serve_states`
         self._window_mib = window_mib
         self._ends = np.cumsum([shard.count for shard in self._shards]).tolist()
         self._views, *self._shape = self._shards[0].shape[1:]
@@ -263,13 +286,44 @@ class Latents:
         return x[0], int(y[0])
 
     def caption(self, row: int) -> str:
+        number, within = self._find(row)
+        first, last = self._bounds("text_end", number, within)
+        start = self._shards[number].begins["text"]
+        return self._maps[number][start + first : start + last].decode()
+
+    def states(self, rows: Sequence[int]) -> Text:
+        """What the encoder made of the texts of `rows`: states `[B, L, C]`, zero in the padding, and pooled `[B, P]`."""
+        width, pooled_width = self._shards[0].widths
+        tokens = _empty((len(rows), self.manifest["text"]["length"], width), self._dtype).zero_()
+        pooled = _empty((len(rows), pooled_width), self._dtype)
+        mask = torch.zeros(tokens.shape[:2], dtype=torch.bool)
+        for i, row in enumerate(rows):
+            number, within = self._find(row)
+            first, last = self._bounds("state_end", number, within)
+            tokens[i, : last - first] = self._values(number, "state", first, last)
+            pooled[i] = self._values(number, "pooled", within, within + 1)[0]
+            mask[i, : last - first] = True
+        return Text(tokens, mask, pooled)
+
+    def _find(self, row: int) -> tuple[int, int]:
+        """(the shard that holds a row, its place there)."""
         number = bisect.bisect_right(self._ends, row)
-        shard, within = self._shards[number], row - (self._ends[number - 1] if number else 0)
-        assert shard.texts is not None
-        start, ends = shard.texts
-        bounds = np.frombuffer(self._maps[number], np.int64, shard.count, ends)
-        begin = int(bounds[within - 1]) if within else 0
-        return self._maps[number][start + begin : start + int(bounds[within])].decode()
+        return number, row - (self._ends[number - 1] if number else 0)
+
+    def _bounds(self, name: str, number: int, within: int) -> tuple[int, int]:
+        """Where an entry of differing length begins and ends, among those of its shard."""
+        ends = np.frombuffer(
+            self._maps[number], np.int64, self._shards[number].count, self._shards[number].begins[name]
+        )
+        return int(ends[within - 1]) if within else 0, int(ends[within])
+
+    def _values(self, number: int, name: str, first: int, last: int) -> Tensor:
+        """Rows of `state` or `pooled`."""
+        shard = self._shards[number]
+        width = shard.widths[name == "pooled"]
+        start = shard.begins[name] + first * width * 2
+        values = np.frombuffer(self._maps[number], np.uint16, (last - first) * width, start)
+        return torch.from_numpy(values.reshape(-1, width).copy()).view(self._dtype)
 
     def order(self, num_rows: int, seed: int) -> BlockOrder:
         block = max(1, _BLOCK_BYTES // self._row_bytes)
@@ -282,7 +336,7 @@ class Latents:
         out, moments, views, ends = x.view(torch.uint16).numpy(), self._moments, self._views, self._ends
         view = [0] * len(rows) if mirrored is None else mirrored.tolist()
         for i, row in enumerate(rows.tolist()):
-            shard = bisect.bisect_right(ends, row)
+            shard = bisect.bisect_right(ends, row)  # as in `_find`; 100,000 rows a second pass here
             within = row - ends[shard - 1] if shard else row
             out[i] = moments[shard][within * views + view[i]]
         return x, torch.from_numpy(self._labels[rows])
@@ -311,6 +365,28 @@ class Latents:
                 f"the latents in {self.folder} were made by the VAE {made_by['id']!r}, and {given} is another one;"
                 " name the VAE that made them, or encode again"
             )
+
+    def serve_states(self, encoder: TextEncoder | None) -> None:
+        """Batches bring the stored states of `encoder`, which need not run; SitfastError unless it made them."""
+        made_by = self.manifest.get("text")
+        if not made_by:
+            raise SitfastError(
+                f"text.cache=true, and {self.folder} holds no states of a text encoder; encode again with text.cache=true,"
+                " or use text.cache=false"
+            )
+        given = encoder.fingerprint if isinstance(encoder, Frozen) else None
+        if given != made_by["sha256"]:
+            raise SitfastError(
+                f"the texts in {self.folder} were encoded by {made_by['encoder']!r}, and the one that text.encoder names has"
+                " other weights; name that one, encode again, or use text.cache=false"
+            )
+        assert encoder is not None
+        if encoder.tokenizer.length != made_by["length"]:
+            raise SitfastError(
+                f"text.length={encoder.tokenizer.length}, and the texts in {self.folder} were encoded with"
+                f" {made_by['length']}; use text.length={made_by['length']}, encode again, or use text.cache=false"
+            )
+        self.serves_states = True
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from sitfast import philox
-from sitfast.data import Batch, Captioned, Mapped, Source, Unreadable
+from sitfast.data import Batch, Captioned, Encoded, Mapped, Source, Unreadable
 from sitfast.data.buckets import Buckets
 from sitfast.data.image import Crop, EncodedImages, Size
 from sitfast.data.quarantine import Quarantine
@@ -235,9 +235,7 @@ class Reader(_Answering):
         return self._with_texts(Loaded(x, torch.tensor(labels), index, unreadable), rows)
 
     def _with_texts(self, loaded: Loaded, rows: Iterable[int]) -> Loaded:
-        captions = _captions(self.source, rows)
-        text, cut = self.tokenizer(captions) if self.tokenizer else (None, ())
-        return loaded._replace(captions=captions, text=text, cut=cut)
+        return _with_texts(loaded, self.source, rows, self.tokenizer)
 
     def fetch(self, row: int, crop: Crop | None) -> tuple[Any, int]:
         """One row of the source; `Unreadable` where that fails."""
@@ -286,14 +284,21 @@ class _Chunks(_Answering):
                 rows.append(int(row))
         x = torch.stack(images) if images else torch.empty(0)
         y, numbers = (torch.tensor(values, dtype=torch.int64) for values in (labels, index))
-        return Loaded(x, y, numbers, unreadable, captions=_captions(self.source, rows))
+        return _with_texts(Loaded(x, y, numbers, unreadable), self.source, rows, None)
 
 
-def _captions(source: Source, rows: Iterable[int]) -> tuple[str, ...]:
-    """The texts of `rows`; none where the source has none."""
-    if isinstance(source, Captioned) and source.captioned:
-        return tuple(source.caption(int(row)) for row in rows)
-    return ()
+def _with_texts(loaded: Loaded, source: Source, rows: Iterable[int], tokenizer: Tokenizer | None) -> Loaded:
+    """With the captions of `rows` where the source has any, and the states that it holds of them, or else their tokens."""
+    if not (isinstance(source, Captioned) and source.captioned):
+        return loaded
+    numbers = [int(row) for row in rows]
+    captions = tuple(map(source.caption, numbers))
+    text, cut = None, ()
+    if isinstance(source, Encoded) and source.serves_states:
+        text = source.states(numbers)
+    elif tokenizer:
+        text, cut = tokenizer(captions)
+    return loaded._replace(captions=captions, text=text, cut=cut)
 
 
 def _start(
