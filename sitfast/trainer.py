@@ -8,7 +8,6 @@ is its weights, moments, averages and the number of steps done: what is in a che
 
 from __future__ import annotations
 
-import hashlib
 import sys
 import time
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sitfast import checkpoint, config, data, growing, memory, metrics, parallel, startup
+from sitfast import checkpoint, config, data, growing, matching, memory, metrics, parallel, startup
 from sitfast.config import Config
 from sitfast.data.ahead import Ahead
 from sitfast.data.buckets import Bucket, Buckets
@@ -35,7 +34,7 @@ from sitfast.interpolant import Interpolant
 from sitfast.kernels import use_reference
 from sitfast.kernels.interpolate import interpolate
 from sitfast.loss import interpolant_loss
-from sitfast.model import Mlp, build_model, forward_macs, load_state, preset_kwargs
+from sitfast.model import Mlp, build_model, forward_macs, load_state
 from sitfast.optim import Update, learning_rate
 from sitfast.parallel import World
 from sitfast.precision import AUTOCAST, WorkingCopy, wants_copy
@@ -69,30 +68,19 @@ class Trainer:
         self._claim_folder()
 
         source = data.build_source(cfg.data)
-        world.agree("data", _fingerprint(source))
-        if cfg.text.encoder is not None:
-            if not (isinstance(source, data.Captioned) and source.captioned):
-                raise SitfastError(
-                    f"text.encoder={cfg.text.encoder} needs captions, and data.path={cfg.data.path} has none; encode it again"
-                    " from a source with data.caption_column, or use text.encoder=null"
-                )
-        elif source.num_classes > cfg.model.num_classes:
-            raise SitfastError(
-                f"model.num_classes={cfg.model.num_classes} is too few: {cfg.data.source} holds labels up to"
-                f" {source.num_classes - 1}; use model.num_classes={source.num_classes}"
-            )
+        world.agree("data", matching.fingerprint(source))
+        matching.check_source(cfg, source)
         train_rows, val_rows = held_out(source.num_rows, cfg.data.val_samples)
 
         torch.set_float32_matmul_precision("highest" if cfg.train.precision == "fp32" else "high")
         self.vae = build_vae(cfg.vae, device=self.device, seed=cfg.seed)
         if cfg.data.source != "genes":
-            growing.each(self.whole, lambda one: _check_sizes(one, self.vae))
+            growing.each(self.whole, lambda one: matching.check_sizes(one, self.vae))
         if isinstance(source, Latents):
             source.check_vae(self.vae)
         self.text = build_text(cfg.text, self.device)
         if isinstance(self.text, Frozen) and cfg.text.cache:
-            self._serve_states(source)
-            self.text.park()
+            matching.serve_states(cfg, source, self.text)
         self.interpolant = Interpolant.from_config(cfg.path, cfg.seed)
         self.panel = source.panel.state() if isinstance(source, Genes) else None
         self.model_kwargs = {
@@ -103,7 +91,7 @@ class Trainer:
             **cfg.model.model_dump(exclude={"init_from"}, exclude_none=True),
         }
         if cfg.model.rope and cfg.model.rope_grid is None:
-            self.model_kwargs["rope_grid"] = _grid(self.stages[0].cfg, self.vae.downsample)
+            self.model_kwargs["rope_grid"] = matching.grid(self.stages[0].cfg, self.vae.downsample)
         with torch.device("meta"):
             self.model = build_model(**self.model_kwargs)
         cfg = self._plan_memory()
@@ -478,14 +466,6 @@ class Trainer:
         self.window = list(torch.tensor(state["window"], device=self.device))
         return f"resumed after step {self.step}"
 
-    def _serve_states(self, source: data.Source) -> None:
-        if not isinstance(source, Latents):
-            raise SitfastError(
-                f"text.cache=true wants the latents that sitfast.encode wrote, and data.source={self.cfg.data.source} brings"
-                " images; use data.source=latents, or text.cache=false"
-            )
-        source.serve_states(self.text)
-
     def _plan_memory(self) -> Config:
         """The config, with as many micro-batches as the memory needs where that is asked for."""
         cfg, size = self.cfg, self.world.size
@@ -548,52 +528,3 @@ class Trainer:
         """Of x in a micro-batch of this rank, [B, C, H, W]."""
         images, shrink = bucket.images // self.world.size // self.cfg.train.accumulate, self.vae.downsample
         return images, self.model_kwargs["in_channels"], bucket.height // shrink, bucket.width // shrink
-
-
-def _fingerprint(source: data.Source) -> dict[str, Any]:
-    """What tells one data set from another: its counts, its classes and three of its rows."""
-    rows: list[str] = []
-    for row in (0, source.num_rows // 2, source.num_rows - 1):
-        try:
-            x, y = source.load(row)
-            rows.append(hashlib.sha256(x.contiguous().numpy().tobytes()).hexdigest()[:12] + f" of class {y}")
-        except data.Unreadable as error:
-            rows.append(f"{error.name} is unreadable")
-    names = hashlib.sha256("\n".join(source.class_names).encode()).hexdigest()[:12]
-    return {
-        "number of rows": source.num_rows,
-        "number of classes": source.num_classes,
-        "class names": names,
-        "first, middle and last row": rows,
-    }
-
-
-def _patch_size(cfg: Config) -> int:
-    return cfg.model.patch_size or preset_kwargs(cfg.model.preset or "")["patch_size"]
-
-
-def _grid(cfg: Config, downsample: int) -> int:
-    """Tokens a side of an image of data.image_size."""
-    return cfg.data.image_size // downsample // _patch_size(cfg)
-
-
-def _check_sizes(cfg: Config, vae: Any) -> None:
-    """Images must split evenly into patches, through the VAE where there is one."""
-    vae.check_image_size(cfg.data.image_size)
-    patch, downsample = _patch_size(cfg), vae.downsample
-    pixels = patch * downsample
-    sizes = [("data.image_size", cfg.data.image_size)]
-    sizes += [
-        (f"data.resolutions: {height} × {width}: {side}", side)
-        for height, width in cfg.data.resolutions
-        for side in (height, width)
-    ]
-    for name, size in sizes:
-        if size % pixels:
-            below = size // pixels * pixels
-            options = f"{below} or {below + pixels}" if below else f"{pixels}"
-            through = f" behind a VAE that shrinks {downsample} times" if downsample > 1 else ""
-            value = f"{name}={size}" if name == "data.image_size" else name
-            raise SitfastError(
-                f"{value} is not divisible by {pixels}, the pixels of a patch of {patch}{through}; try {options}"
-            )

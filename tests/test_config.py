@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from sitfast import config
+from sitfast.combinations import leaves
 from sitfast.errors import SitfastError
 
 ROOT = Path(__file__).parent.parent
@@ -190,7 +191,7 @@ def test_every_field_is_read_somewhere():
                 read.add((name.lstrip("_"), node.attr))
     aliases = {"sample": {"settings"}, "vae": {"settings"}, "text": {"settings"}, "": {"cfg"}}
     unread = []
-    for path, _ in config._leaves(config.Config().model_dump()):
+    for path, _ in leaves(config.Config().model_dump()):
         section, _, field = path.rpartition(".")
         names = {section, f"{section}_cfg", f"cfg_{section}"} | aliases.get(section, set())
         if not any((name, field) in read for name in names):

@@ -31,7 +31,7 @@ from torch import Tensor
 from sitfast.data.sampler import BlockOrder
 from sitfast.errors import SitfastError
 from sitfast.images import replacing
-from sitfast.text import Frozen, Text, TextEncoder
+from sitfast.text import Frozen, Text
 from sitfast.vae import AutoencoderVAE, Pixels
 
 if TYPE_CHECKING:
@@ -366,7 +366,7 @@ class Latents:
                 " name the VAE that made them, or encode again"
             )
 
-    def serve_states(self, encoder: TextEncoder | None) -> None:
+    def serve_states(self, encoder: Frozen) -> None:
         """Batches bring the stored states of `encoder`, which need not run; SitfastError unless it made them."""
         made_by = self.manifest.get("text")
         if not made_by:
@@ -374,13 +374,11 @@ class Latents:
                 f"text.cache=true, and {self.folder} holds no states of a text encoder; encode again with text.cache=true,"
                 " or use text.cache=false"
             )
-        given = encoder.fingerprint if isinstance(encoder, Frozen) else None
-        if given != made_by["sha256"]:
+        if encoder.fingerprint != made_by["sha256"]:
             raise SitfastError(
                 f"the texts in {self.folder} were encoded by {made_by['encoder']!r}, and the one that text.encoder names has"
                 " other weights; name that one, encode again, or use text.cache=false"
             )
-        assert encoder is not None
         if encoder.tokenizer.length != made_by["length"]:
             raise SitfastError(
                 f"text.length={encoder.tokenizer.length}, and the texts in {self.folder} were encoded with"
