@@ -78,7 +78,7 @@ class PlainSiT(SiT):
         tokens, c = self.x_embedder(x) + self.pos_embed, self.t_embedder(t) + self.y_embedder(y)
         for block in self.blocks:
             tokens = block(tokens, c)
-        return self._unpatchify(self.final_layer(tokens, c))
+        return self._unpatchify(self.final_layer(tokens, c), self._grid_of(x))
 
 
 @torch.no_grad()
