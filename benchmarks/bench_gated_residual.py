@@ -1,18 +1,24 @@
 """gated_residual_layernorm_modulate: x, y to x_new, h; backward reads dx_new, dh, x_new, y, writes dx, dy.
 
-The stream is bf16, or fp32 under bf16 autocast, which leaves y, h and dy in bf16.
+The stream is bf16, or fp32 under bf16 autocast, which leaves y, h and dy in bf16. With `save="input"` backward reads x in
+place of x_new, the same bytes.
 """
 
 from __future__ import annotations
 
+import pytest
 from torch import Tensor
 
 from benchmarks.bench_layernorm_modulate import SHAPES, STREAMS, autocast, modulation
 from benchmarks.harness import Case, Direction, Work, batch, draw, shapes
 from sitfast.kernels import gated_residual_layernorm_modulate
+from sitfast.kernels.gated_residual import Save
+
+SAVES = [pytest.param(*shape.values, "output", id=shape.id) for shape in SHAPES]
+SAVES += [pytest.param(*shape.values, "input", id=f"{shape.id}-input") for shape in SHAPES if shape.values[0] == 256]
 
 
-def case(width: int, tokens: int, stream: str) -> Case:
+def case(width: int, tokens: int, stream: str, save: Save) -> Case:
     samples, length = batch(tokens)
     unit, size = samples * length * width, draw(1).element_size()
     wide = STREAMS[stream].itemsize
@@ -22,10 +28,10 @@ def case(width: int, tokens: int, stream: str) -> Case:
         x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, bias: Tensor
     ) -> tuple[Tensor, Tensor]:
         with autocast(stream, scale):
-            return gated_residual_layernorm_modulate(x, y, gate, shift, scale, bias=bias)
+            return gated_residual_layernorm_modulate(x, y, gate, shift, scale, bias=bias, save=save)
 
     return Case(
-        kernel=f"gated_residual_layernorm_modulate{stream and ', '}{stream}",
+        kernel=", ".join(filter(None, ("gated_residual_layernorm_modulate", stream, save == "input" and "save=input"))),
         width=width,
         tokens=tokens,
         function=function,
@@ -40,6 +46,6 @@ def case(width: int, tokens: int, stream: str) -> Case:
     )
 
 
-@shapes("tokens, stream", SHAPES)
-def test_gated_residual(bench, width: int, tokens: int, stream: str, direction: Direction) -> None:
-    bench(direction, width=width, tokens=tokens, stream=stream)
+@shapes("tokens, stream, save", SAVES)
+def test_gated_residual(bench, width: int, tokens: int, stream: str, save: Save, direction: Direction) -> None:
+    bench(direction, width=width, tokens=tokens, stream=stream, save=save)

@@ -5,11 +5,12 @@
                   under ddp the bf16 copy 2P, whose gradients are 2P where neither micro-batches nor ranks are added up
     activations   depth · saved · u + the block that is running,    u = images · tokens · width in the compute dtype
 
-A block that runs our kernels keeps, in units of u: its two normed inputs, qkv (3), attention's output, both branches, both
-residual streams and fc1's pre-activation (mlp_ratio), 10 + mlp_ratio in all; under autocast the streams are fp32, 2 more, and
-train.mlp_save=both keeps mlp_ratio more. A cross-attention keeps its normed input, q, output, branch and a residual stream, and k
-and v of the caption's tokens.
-Measured against this on an H100 (SiT-XL/2, 128 images): 29.6 GiB for 29.7 in bf16, 36.2 for 36.1 under autocast.
+A block that runs our kernels keeps, in units of u: its two normed inputs, qkv (3), attention's output, both branches, the
+residual stream in its middle and fc1's pre-activation (mlp_ratio), 9 + mlp_ratio in all; under autocast the stream is fp32, 1
+more, and train.mlp_save=both keeps mlp_ratio more. A cross-attention keeps its normed input, q, output, branch and a residual
+stream, and k and v of the caption's tokens.
+Measured on an H100 (SiT-XL/2, 128 images) while blocks kept the stream at their end too, so 2.0 GiB more in bf16 and 3.9 under
+autocast: 29.6 GiB where this then said 29.7, and 36.2 for 36.1.
 Batches of several sizes have the tokens of data.batch_size images at most (see `buckets`), so that is what is counted.
 It is an estimate for planning: the CUDA context and fragmentation take `RESERVE` on top.
 """
@@ -90,7 +91,7 @@ def predict(cfg: Config, model: SiT, world_size: int) -> Prediction:
     text = model.config["text"]
     keys = 2 * text["length"] / tokens if text else 0  # of the captions, in units of u
     cross = 4 + stream + keys if text else 0
-    full = 8 + hidden + 2 * stream + cross
+    full = 8 + hidden + stream + cross
     some = 6 + hidden + stream + (3 + keys if text else 0)
     kept = {"none": full, "selective": some, "block": 1 + stream}[cfg.parallel.activation_checkpoint]
     again = 0 if cfg.parallel.activation_checkpoint == "none" else full

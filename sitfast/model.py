@@ -237,7 +237,8 @@ class Block(nn.Module):
             x, h = gated_residual_layernorm_modulate(x, y, gate, plain, plain, bias=bias)
             y, gate = self.cross_attn(h, caption, mask), self.cross_attn.gate.expand_as(plain)
             bias = self.cross_attn.proj.bias
-        x, h = gated_residual_layernorm_modulate(x, y, gate, shift_mlp, scale_mlp, bias=bias)
+        # The layer norm before this one keeps x for backward already; x + gate · (y + bias) nobody does.
+        x, h = gated_residual_layernorm_modulate(x, y, gate, shift_mlp, scale_mlp, bias=bias, save="input")
         # A copy of the bias: the parameter itself belongs to this block, which may be sharded again when it returns.
         return x, (self.mlp(h), gate_mlp, self.mlp.fc2.bias.clone())
 

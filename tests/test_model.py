@@ -1,5 +1,4 @@
 import math
-from importlib import import_module
 
 import pytest
 import torch
@@ -21,6 +20,7 @@ from sitfast.model import (
     preset_kwargs,
     timestep_sinusoids,
 )
+from tests.kernels.harness import use_kernels
 
 SMALL = {
     "input_size": 8,
@@ -331,10 +331,7 @@ def test_kernels_and_references_agree_in_the_model(precision, compiled, monkeypa
         return [out.detach(), *torch.autograd.grad(out.float().square().mean() * 64, parameters)]
 
     expected = run()
-    for name in ("layernorm_modulate", "gated_residual", "mlp"):
-        module = import_module(f"sitfast.kernels.{name}")
-        kernel = module.fused if name == "mlp" else module.kernel
-        monkeypatch.setattr(module, "choose", lambda *_, kernel=kernel, **__: kernel)
+    use_kernels(monkeypatch)
     if compiled:
         torch.compiler.reset()
         for block in model.blocks:

@@ -53,6 +53,11 @@ class Wave:
     warps: int
     programs: int
 
+    @property
+    def registers(self) -> int:
+        """Of a thread, at most, for that many programs to fit; ptxas hands them out in eights and knows no more than 255."""
+        return min(REGISTERS // (32 * self.warps * self.programs) // 8 * 8, 255)
+
 
 # (largest D, wave with the residual in 16 bits, in fp32, without it in 16 bits, in fp32) of a backward pass, counted from
 # the registers on sm_90. The rows follow, see `backward_launch`: of all chunks tried, those that fill their waves were the
@@ -71,6 +76,7 @@ BACKWARD = (
     (4608, (Wave(16, 1), Wave(16, 1), Wave(16, 1), Wave(16, 1))),
     (8192, (Wave(32, 1), Wave(32, 1), Wave(32, 1), Wave(32, 1))),
 )
+REGISTERS = 65536  # of a multiprocessor, from sm_80 to sm_120
 MIN_ROWS, MAX_ROWS = 16, 128  # of a backward program; partial sums cost 1 / rows of the pass, long ones end unevenly
 
 
@@ -158,8 +164,9 @@ def layernorm_forward_kernel(
             if HAS_BIAS:
                 y_a += bias_a
                 y_b += bias_b
-            x_a += gate_a * y_a
-            x_b += gate_b * y_b
+            # An fma by name, not by the compiler's leave: backward makes the same bits again, see FROM_INPUT.
+            x_a = tl.fma(gate_a, y_a, x_a)
+            x_b = tl.fma(gate_b, y_b, x_b)
             _store_row(x_new_ptr + row * D, x_a, x_b, D, BLOCK_A, BLOCK_B)
 
         mean = _row_mean(x_a, x_b, D)
@@ -180,6 +187,7 @@ def layernorm_backward_kernel(
     x_ptr,
     y_ptr,
     gate_ptr,
+    bias_ptr,
     scale_ptr,
     mean_ptr,
     rstd_ptr,
@@ -198,11 +206,15 @@ def layernorm_backward_kernel(
     HAS_DX_NEW: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    FROM_INPUT: tl.constexpr,
     SUMS: tl.constexpr,
 ):
     """Program (sample, chunk): dx and dy of its rows, and over them the sums of dh, dh · x̂, dx · y and dx.
 
     g = dh · (1 + scale);  dx = dx_new + rstd · (g − mean(g) − x̂ · mean(g · x̂));  dy = gate · dx
+
+    x is x_new, or with FROM_INPUT what forward read: x_new is then computed again and rounded, operation by operation as
+    forward did, so that all gradients are the same bits.
     """
     program = tl.program_id(0).to(tl.int64)
     sample = program // num_chunks
@@ -253,6 +265,14 @@ def layernorm_backward_kernel(
             dx_a = tl.zeros((BLOCK_A,), tl.float32)
             dx_b = tl.zeros((BLOCK_B,), tl.float32)
         if HAS_DH:
+            if FROM_INPUT:
+                branch_a, branch_b = y_a, y_b
+                if HAS_BIAS:  # loaded for each row: kept, its registers would cost a program (at D = 1152, 189 for 168)
+                    bias_a, bias_b = _load_vector(bias_ptr, D, BLOCK_A, BLOCK_B)
+                    branch_a += bias_a
+                    branch_b += bias_b
+                x_a = tl.fma(gate_a, branch_a, x_a).to(x_ptr.dtype.element_ty).to(tl.float32)
+                x_b = tl.fma(gate_b, branch_b, x_b).to(x_ptr.dtype.element_ty).to(tl.float32)
             mean = tl.load(mean_ptr + row)
             rstd = tl.load(rstd_ptr + row)
             x_hat_a, x_hat_b = (x_a - mean) * rstd, (x_b - mean) * rstd
@@ -366,6 +386,10 @@ def forward_launch(width: int, residual: bool) -> Launch:
     return with_residual if residual else alone
 
 
+def backward_wave(width: int, residual: bool, dtype: torch.dtype) -> Wave:
+    return _entry(BACKWARD, width)[2 * (not residual) + (dtype == torch.float32)]
+
+
 @cache
 def backward_launch(
     batch: int, tokens: int, width: int, residual: bool, dtype: torch.dtype, device: torch.device
@@ -374,7 +398,7 @@ def backward_launch(
 
     B = 128, N = 256, D = 1152: three chunks are 384 programs on 396 places; four, a wave and a third, took 18 % longer.
     """
-    wave = _entry(BACKWARD, width)[2 * (not residual) + (dtype == torch.float32)]
+    wave = backward_wave(width, residual, dtype)
     places = _multiprocessors(device) * wave.programs
     fewest = triton.cdiv(tokens, MAX_ROWS)
     choices = range(fewest, max(fewest, tokens // MIN_ROWS) + 1)
@@ -447,8 +471,12 @@ def backward(
     y: Tensor | None = None,
     gate: Tensor | None = None,
     bias: Tensor | None = None,
+    from_input: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dx, dy, dgate, dshift, dscale, dbias; x is x_new here. A gradient that does not exist comes back empty."""
+    """dx, dy, dgate, dshift, dscale, dbias; x is x_new here, or with `from_input` the x that forward read.
+
+    A gradient that does not exist comes back empty.
+    """
     batch, tokens, width = x.shape
     launch = backward_launch(batch, tokens, width, y is not None, x.dtype, x.device)
     chunks = triton.cdiv(tokens, launch.rows)
@@ -459,12 +487,15 @@ def backward(
     dy, dgate, dbias = _empty(y, x), _empty(gate, x), _empty(bias, x)
     gate_stride = 0 if gate is None else gate.stride(0)
     flags = {"HAS_DH": dh is not None, "HAS_RESIDUAL": y is not None, "HAS_BIAS": bias is not None, "SUMS": sums}
+    # Computing x_new again takes registers, which ptxas saves when told to: without spills at the widths of all presets.
+    limit = {"maxnreg": backward_wave(width, True, x.dtype).registers} if from_input else {}
     layernorm_backward_kernel[(batch * chunks,)](
         None if dh is None else dh.contiguous(),
         None if dx_new is None else dx_new.contiguous(),
         x.contiguous(),
         None if y is None else y.contiguous(),
         gate,
+        bias,
         scale,
         mean,
         rstd,
@@ -477,8 +508,10 @@ def backward(
         gate_stride,
         scale.stride(0),
         HAS_DX_NEW=dx_new is not None,
+        FROM_INPUT=from_input,
         **flags,
         num_warps=launch.warps,
+        **limit,
         **_pieces(width),
     )
     dbias_shares = None if bias is None else torch.empty((batch, width), dtype=torch.float32, device=x.device)

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +24,21 @@ def job(
     warps: int,
     *,
     stages: int | None = None,
+    registers: int | None = None,
     pointer: str = "*bf16",
     types: dict[str, str] | None = None,
     **constants,
 ) -> Job:
     """`kernel` is "module:name". Its arguments are constants, as named here, or have a type: of `types`, or `pointer`."""
-    options = {"num_warps": warps} | ({} if stages is None else {"num_stages": stages})
+    options = {"num_warps": warps, "num_stages": stages, "maxnreg": registers}
+    options = {name: value for name, value in options.items() if value is not None}
     return {"kernel": kernel, "options": options, "pointer": pointer, "types": types or {}, "constants": constants}
 
 
 def compile_ahead(*jobs: Job, capabilities: tuple[int, ...] = CAPABILITIES) -> list[dict[str, Any]]:
-    """For each job and capability: kernel, capability, size of the binary, shared memory, number of layout conversions;
-    of Gluon kernels also of waits for a tensor core product (one after each if ptxas serialised them) and of spills."""
+    """For each job and capability: kernel, capability, size of the binary, shared memory, number of layout conversions,
+    registers of a thread and bytes of its stack, where they are spilled to; of Gluon kernels also of waits for a tensor core
+    product (one after each if ptxas serialised them) and of spills."""
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     command = [sys.executable, "-m", "tests.kernels.aot"]
     work = json.dumps({"jobs": jobs, "capabilities": capabilities})
@@ -64,6 +69,7 @@ def _compile(one: Job, capability: int) -> dict[str, Any]:
     source = kind(kernel, types, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
     binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=one["options"])
     assert f"sm_{capability}" in binary.asm["ptx"]
+    registers, stack = _resources(binary.asm["cubin"])
     assembly = binary.asm["sass"] if kernel.is_gluon() else ""
     return {
         "kernel": one["kernel"],
@@ -71,9 +77,24 @@ def _compile(one: Job, capability: int) -> dict[str, Any]:
         "bytes": len(binary.asm["cubin"]),
         "shared": binary.metadata.shared,
         "layout_conversions": binary.asm["ttgir"].count("ttg.convert_layout"),
+        "registers": registers,
+        "stack": stack,
         "product_waits": assembly.count("WARPGROUP.DEPBAR"),
         "spills": assembly.count("STL"),
     }
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    assert found, text
+    return int(found[1]), int(found[2])
 
 
 if __name__ == "__main__":

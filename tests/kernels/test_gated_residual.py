@@ -1,5 +1,6 @@
 """The reference on the CPU; then the Triton kernel, on the GPU or, where there is none, in Triton's interpreter."""
 
+from functools import partial
 from importlib import import_module
 
 import pytest
@@ -14,6 +15,12 @@ module = import_module("sitfast.kernels.gated_residual")
 _layernorm_triton = import_module("sitfast.kernels._layernorm_triton")
 
 SHAPES = [(1, 3, 1152), (2, 5, 72), (3, 1, 1152), (2, 7, 6)]
+DTYPES = [
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float16),
+    (torch.bfloat16, torch.float32),
+    (torch.float16, torch.float32),
+]  # of the branch and of the stream
 KERNEL_SHAPES = [(1, 5, 1152), (2, 7, 48), (3, 2, 384), (2, 9, 64), (1, 1, 6)]
 
 
@@ -88,8 +95,17 @@ def test_bad_operands_are_named(change, message):
         gated_residual_layernorm_modulate(**operands)
 
 
-def kernel(x, y, gate, shift, scale, bias=None, eps=1e-6):
-    return module.kernel(x, y, gate, shift, scale, bias, eps)
+def test_save_is_one_of_two():
+    x, rows = torch.zeros(2, 5, 24), [torch.zeros(2, 24)] * 3
+    with pytest.raises(ValueError, match="save='both', expected 'output' or 'input'"):
+        gated_residual_layernorm_modulate(x, x, *rows, save="both")
+
+
+def kernel(x, y, gate, shift, scale, bias=None, eps=1e-6, save="output"):
+    return module.kernel(x, y, gate, shift, scale, bias, eps, save)
+
+
+from_input = partial(kernel, save="input")
 
 
 def operands(batch=2, tokens=5, width=48, dtype=torch.float32, device=DEVICE):
@@ -133,15 +149,7 @@ def assert_exact_enough(inputs, dtype, x_dtype):
         assert_calibrated(on_chunks(kernel), on_chunks(plain), on_chunks(formula), narrow, grads)
 
 
-@pytest.mark.parametrize(
-    "dtype, x_dtype",
-    [
-        (torch.bfloat16, torch.bfloat16),
-        (torch.float16, torch.float16),
-        (torch.bfloat16, torch.float32),
-        (torch.float16, torch.float32),
-    ],
-)
+@pytest.mark.parametrize("dtype, x_dtype", DTYPES)
 def test_kernel_is_as_exact_as_its_dtype_allows(dtype, x_dtype, small_chunks):
     assert_exact_enough(operands(2, 7, 48), dtype, x_dtype)
 
@@ -197,24 +205,63 @@ def test_kernel_writes_all_it_returns_and_repeats_bitwise(small_chunks):
     assert_equal(first, second)  # NaN is not equal to itself
 
 
+def assert_save_changes_no_bit(inputs, dtype, x_dtype):
+    """Of outputs and gradients, where both outputs are used and where one is."""
+    leaves = [value.to(x_dtype if i == 0 else dtype).requires_grad_() for i, value in enumerate(inputs)]
+    with torch.autocast(DEVICE, dtype, enabled=x_dtype != dtype):
+        kept, again = on_chunks(kernel)(*leaves), on_chunks(from_input)(*leaves)
+    assert_equal(kept, again)
+    grads = [torch.randn_like(output) for output in kept]
+    for used in (slice(0, 2), slice(0, 1), slice(1, 2)):
+        options = {"grad_outputs": grads[used], "retain_graph": True, "materialize_grads": True}
+        expected, got = (torch.autograd.grad(outputs[used], leaves, **options) for outputs in (kept, again))
+        assert sum(gradient.abs().max() > 0 for gradient in expected) == len(leaves)
+        assert_equal(expected, got)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize(
+    "shape, dtype, x_dtype",
+    [(shape, torch.float32, torch.float32) for shape in KERNEL_SHAPES]
+    + [((2, 7, 48), *dtypes) for dtypes in DTYPES]
+    + [((1, 5, 1152), *dtypes) for dtypes in DTYPES],
+)
+def test_gradients_are_the_same_bits_from_either_end(shape, dtype, x_dtype, with_bias, small_chunks):
+    assert_save_changes_no_bit(operands(*shape)[: 3 + with_bias], dtype, x_dtype)
+
+
+@pytest.mark.parametrize("save", ["output", "input"])
+def test_save_decides_which_end_is_kept(save):
+    x, y, adaln, bias = (value.requires_grad_() for value in operands())
+    kept = set()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.add(t.data_ptr()) or t, lambda t: t):
+        x_new, _ = on_chunks(partial(kernel, save=save))(x, y, adaln, bias)
+    assert (x.data_ptr() in kept, x_new.data_ptr() in kept) == (save == "input", save == "output")
+
+
 def test_operators_are_registered_completely():
     x, y, adaln, bias = operands(2, 3, 16)
     gate, shift, scale = adaln.chunk(6, dim=1)[2:5]
     leaves = [value.detach().requires_grad_() for value in (x, y, gate, shift, scale, bias)]
     for last in (leaves[5], None):
-        torch.library.opcheck(module.forward_op, (*leaves[:5], last, 1e-6, torch.float16))
-    x_new, h, mean, rstd = module.forward_op(x, y, gate, shift, scale, bias, 1e-6, torch.float32)
+        for save_input in (False, True):
+            torch.library.opcheck(module.forward_op, (*leaves[:5], last, 1e-6, torch.float16, save_input))
+    x_new, h, mean, rstd = module.forward_op(x, y, gate, shift, scale, bias, 1e-6, torch.float32, False)
     for dx_new, dh in ((x_new, h), (None, h), (x_new, None)):
-        saved = (x_new, y, gate, scale, mean, rstd, bias)
-        torch.library.opcheck(module.backward_op, [v if v is None else v.detach() for v in (dx_new, dh, *saved)])
+        for end, is_input in ((x_new, False), (x, True)):
+            saved = (end, y, gate, scale, mean, rstd, bias)
+            given = [v if v is None else v.detach() for v in (dx_new, dh, *saved)]
+            torch.library.opcheck(module.backward_op, (*given, is_input))
 
 
-def test_kernel_compiles_whole_and_goes_through_checkpointing():
+@pytest.mark.parametrize("save", ["output", "input"])
+def test_kernel_compiles_whole_and_goes_through_checkpointing(save):
     inputs, grads = operands(), [torch.randn(2, 5, 48).to(DEVICE) for _ in range(2)]
-    eager = run_all(on_chunks(kernel), inputs, grads)
-    compiled = torch.compile(on_chunks(kernel), fullgraph=True, backend="aot_eager")
+    function = on_chunks(partial(kernel, save=save))
+    eager = run_all(function, inputs, grads)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     assert_equal(eager, run_all(compiled, inputs, grads))
-    assert_equal(eager, run_all(lambda *a: checkpoint(on_chunks(kernel), *a, use_reentrant=False), inputs, grads))
+    assert_equal(eager, run_all(lambda *a: checkpoint(function, *a, use_reentrant=False), inputs, grads))
 
 
 def test_kernel_follows_autocast():
@@ -268,36 +315,57 @@ def test_every_width_has_a_launch(residual):
         assert width <= pieces["BLOCK_A"] + pieces["BLOCK_B"] < 2 * width + 1
 
 
+KERNELS = "sitfast.kernels._layernorm_triton"
+TYPES = {"eps": "fp32", "num_samples": "i32"}
+TYPES |= dict.fromkeys(("mean_ptr", "rstd_ptr", "partial_ptr", "in_ptr"), "*fp32")
+TYPES |= dict.fromkeys(("num_rows", "num_chunks", "chunk_rows", "gate_stride", "shift_stride", "scale_stride"), "i32")
+FP32_STREAM = dict.fromkeys(("x_ptr", "x_new_ptr", "dx_new_ptr", "dx_ptr", "bias_ptr"), "*fp32")
+
+
 def test_kernels_compile_for_every_generation_of_gpus():
     """In one dtype without the residual; with an fp32 stream, bf16 branches and all there is."""
-    name = "sitfast.kernels._layernorm_triton"
-    types = dict.fromkeys(("mean_ptr", "rstd_ptr", "partial_ptr", "in_ptr"), "*fp32")
-    types |= dict.fromkeys(
-        ("num_rows", "num_chunks", "chunk_rows", "gate_stride", "shift_stride", "scale_stride"), "i32"
-    )
-    types |= {"eps": "fp32", "num_samples": "i32"}
+    name, types = KERNELS, TYPES
     row = {"D": 1152, "BLOCK_A": 1024, "BLOCK_B": 128}
 
     alone = {"types": types, **row, "HAS_RESIDUAL": False, "HAS_BIAS": False, **dict.fromkeys(("y_ptr", "gate_ptr"))}
     absent = dict.fromkeys(("dx_new_ptr", "dy_ptr"))
-    flags = {"HAS_DH": True, "HAS_DX_NEW": False, "SUMS": 2}
+    flags = {"HAS_DH": True, "HAS_DX_NEW": False, "FROM_INPUT": False, "SUMS": 2}
     results = compile_ahead(
         job(f"{name}:layernorm_forward_kernel", 2, **alone, bias_ptr=None, x_new_ptr=None),
-        job(f"{name}:layernorm_backward_kernel", 4, **alone, **absent, **flags),
+        job(f"{name}:layernorm_backward_kernel", 4, **alone, bias_ptr=None, **absent, **flags),
     )
     # Values change threads at the end of backward only, where sums are stored; in the loop it would cost barriers.
     assert all(result["layout_conversions"] <= 2 for result in results)
 
-    stream = dict.fromkeys(("x_ptr", "x_new_ptr", "dx_new_ptr", "dx_ptr"), "*fp32")
-    full = {"types": types | stream, "HAS_RESIDUAL": True, "HAS_BIAS": True}
+    full = {"types": types | FP32_STREAM, "HAS_RESIDUAL": True, "HAS_BIAS": True}
     flags = {"HAS_DH": True, "SUMS": 4}
     sums = {**full, "types": types | {"dbias_ptr": "*fp32"}}
-    compile_ahead(
+    backward, more = f"{name}:layernorm_backward_kernel", {**full, **row, **flags, "HAS_DX_NEW": True}
+    results = compile_ahead(
         job(f"{name}:layernorm_forward_kernel", 4, **full, **row),
-        job(f"{name}:layernorm_backward_kernel", 4, **full, **row, **flags, HAS_DX_NEW=True),
+        job(backward, 4, **more, FROM_INPUT=False),
+        job(backward, 8, registers=128, **more, FROM_INPUT=True),
         job(f"{name}:sum_chunks_kernel", 1, **sums, **flags, D=1152, COLUMNS=128),
         job(f"{name}:sum_samples_kernel", 4, types=types, D=1152, COLUMNS=32, SAMPLES=128),
     )
+    assert all(result["stack"] == 0 for result in results)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_as_many_backward_programs_fit_as_the_table_says(dtype):
+    """On sm_90, without spills, at the widths of the presets; computing x_new again stays within the same registers."""
+    kernel, jobs, waves = f"{KERNELS}:layernorm_backward_kernel", [], []
+    flags = dict.fromkeys(("HAS_DH", "HAS_DX_NEW", "HAS_RESIDUAL", "HAS_BIAS"), True) | {"SUMS": 4}
+    flags |= {"types": TYPES | (FP32_STREAM if dtype == torch.float32 else {})}
+    for width in (384, 768, 1024, 1152):
+        wave, pieces = _layernorm_triton.backward_wave(width, True, dtype), _layernorm_triton._pieces(width)
+        waves += [wave, wave]
+        jobs.append(job(kernel, wave.warps, **flags, **pieces, FROM_INPUT=False))
+        jobs.append(job(kernel, wave.warps, registers=wave.registers, **flags, **pieces, FROM_INPUT=True))
+    for wave, result in zip(waves, compile_ahead(*jobs, capabilities=(90,)), strict=True):
+        taken = -(-result["registers"] // 8) * 8
+        assert taken * 32 * wave.warps * wave.programs <= _layernorm_triton.REGISTERS
+        assert result["stack"] == 0
 
 
 @pytest.mark.gpu
@@ -305,7 +373,9 @@ def test_kernels_compile_for_every_generation_of_gpus():
 @pytest.mark.parametrize("shape", [(4, 256, 1152), (1, 1000, 1152), (8, 256, 384), (3, 100, 768), (2, 1024, 1024)])
 @pytest.mark.parametrize("x_dtype", [torch.bfloat16, torch.float32])
 def test_kernel_on_real_shapes(shape, x_dtype):
-    assert_exact_enough(operands(*shape), torch.bfloat16, x_dtype)
+    inputs = operands(*shape)
+    assert_exact_enough(inputs, torch.bfloat16, x_dtype)
+    assert_save_changes_no_bit(inputs, torch.bfloat16, x_dtype)
 
 
 @pytest.mark.gpu
