@@ -10,10 +10,23 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from benchmarks import bench_end_to_end, bench_step, gpu_parity, harness, plain, record, results, runs, tuning
+from benchmarks import (
+    bench_end_to_end,
+    bench_step,
+    gpu_parity,
+    gpu_parity_fp32,
+    harness,
+    plain,
+    record,
+    results,
+    runs,
+    tuning,
+)
 from sitfast.model import SiT, build_model, forward_macs
 
 ROOT = Path(__file__).parents[1]
@@ -456,6 +469,27 @@ def test_one_step_far_off_fails():
     for i in range(2):
         spiked[f"kernels {i}"][50] += 0.02
     assert not gpu_parity.verdict(spiked)[0]
+
+
+def test_a_default_run_may_be_as_far_from_fp32_as_plain_bf16():
+    fp32 = torch.linspace(2, 1, 80, dtype=torch.float64)
+    wave = torch.linspace(0, 60, 80, dtype=torch.float64).sin()
+    curves = {"fp32": fp32, "bf16": fp32 + 1e-3 * wave, "bf16 compiled": fp32 - 2e-3 * wave}
+    for ours, passes in ((1e-3, True), (1.9e-3, True), (2.1e-3, False), (float("nan"), False)):
+        passed, lines = gpu_parity_fp32.verdict(
+            curves | {"sitfast": fp32 + ours * wave, "sitfast eager": fp32 - ours * wave}
+        )
+        assert passed == passes and len(lines) == 5
+
+
+def test_crops_of_photographs(tmp_path):
+    gpu_parity_fp32.make_images(tmp_path)
+    folders = sorted(tmp_path.iterdir())
+    assert len(folders) == 16
+    pictures = [[np.asarray(Image.open(path)) for path in sorted(folder.iterdir())] for folder in folders]
+    assert {picture.shape for crops in pictures for picture in crops} == {(32, 32, 3)}
+    assert all(len(crops) == gpu_parity_fp32.CROPS and np.std(crops) > 2 for crops in pictures)
+    assert len({picture.tobytes() for crops in pictures for picture in crops}) == 16 * gpu_parity_fp32.CROPS
 
 
 # ---- whole steps -----------------------------------------------------------------------------------------------------
