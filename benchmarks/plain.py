@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sitfast.model import SiT, adaln_linear, sincos_pos_embed
+from sitfast.layers import adaln_linear
+from sitfast.model import SiT, sincos_pos_embed
 
 DROP, NULL = 0.1, 1000  # share of labels replaced by the null class
 CLIP_NORM, DECAY, LEARNING_RATE = 1.0, 0.9999, 1e-4

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sitfast.errors import SitfastError
-from sitfast.model import MAX_PERIOD, Grid, SiT
+from sitfast.layers import MAX_PERIOD
+from sitfast.model import Grid, SiT
 
 
 class GeneEmbed(nn.Module):

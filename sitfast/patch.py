@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from sitfast.errors import SitfastError
 from sitfast.kernels import attention, gated_residual_layernorm_modulate, layernorm_modulate, mlp
-from sitfast.model import Block, FinalLayer
+from sitfast.layers import Block, FinalLayer
 from sitfast.patch_check import Problem, Unfit, largest, one_line, verify
 
 

@@ -33,8 +33,9 @@ from sitfast.images import replacing, save_grid
 from sitfast.interpolant import Interpolant
 from sitfast.kernels import use_reference
 from sitfast.kernels.interpolate import interpolate
+from sitfast.layers import Mlp
 from sitfast.loss import interpolant_loss
-from sitfast.model import Mlp, build_model, forward_macs, load_state
+from sitfast.model import build_model, forward_macs, load_state
 from sitfast.optim import Update, learning_rate
 from sitfast.parallel import World
 from sitfast.precision import AUTOCAST, WorkingCopy, wants_copy

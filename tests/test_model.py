@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from sitfast import philox
 from sitfast.errors import SitfastError
 from sitfast.kernels.interpolate import drop_labels
+from sitfast.layers import timestep_sinusoids
 from sitfast.model import (
     PRESETS,
     DiT,
@@ -18,7 +19,6 @@ from sitfast.model import (
     interpolate_pos_embed,
     load_state,
     preset_kwargs,
-    timestep_sinusoids,
 )
 from tests.kernels.harness import use_kernels
 

@@ -16,7 +16,8 @@ from sitfast.data.shapes import Shapes
 from sitfast.errors import SitfastError
 from sitfast.interpolant import Interpolant
 from sitfast.kernels.interpolate import interpolate
-from sitfast.model import Block, SiT, forward_macs
+from sitfast.layers import Block
+from sitfast.model import SiT, forward_macs
 from sitfast.sampling import GuidedModel
 from sitfast.text import BEGIN, DROPPED, END, PAD, Text, Tokenizer, build_text, text_shape
 from tests.conftest import assert_equal, command, losses, train

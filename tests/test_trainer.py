@@ -143,7 +143,7 @@ def test_mixed_precision_trains(tiny, precision):
 
 def test_mlp_save_reaches_every_block(tiny, monkeypatch):
     asked = []
-    monkeypatch.setattr("sitfast.model.mlp", lambda *values, save: asked.append(save) or mlp(*values, save=save))
+    monkeypatch.setattr("sitfast.layers.mlp", lambda *values, save: asked.append(save) or mlp(*values, save=save))
     train(*tiny, "train.steps=1", "train.mlp_save=both")
     assert asked == ["both"] * 2
 
