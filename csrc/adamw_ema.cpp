@@ -1,8 +1,8 @@
 // The gradient norm, and AdamW with averages and bf16 copies, on the CPU: one pass over memory each.
 //
 // Tensors are cut into chunks that do not depend on the number of threads. One loop over p, g, m, v and the first average
-// does the usual case, since memory is read ahead best along few long streams; what is not fp32, or must be divided first,
-// goes through buffers in pieces that stay in the first-level cache. Each loop is simple enough to vectorise.
+// does the usual case, since memory is read ahead best along few long streams; what is not fp32 goes through buffers in
+// pieces that stay in the first-level cache. Each loop is simple enough to vectorise.
 #include "cpu.h"
 #include "operators.h"
 
@@ -42,20 +42,16 @@ SITFAST_CLONES void round_all(const float* __restrict in, bf16* __restrict out, 
   for (int64_t i = 0; i < count; ++i) out[i] = nearest_bf16(in[i]);
 }
 
-SITFAST_CLONES void divide_all(float* x, float divisor, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) x[i] = x[i] / divisor;
-}
-
 SITFAST_CLONES void adamw_all(float* __restrict p, const float* __restrict g, float* __restrict m, float* __restrict v,
-                              AdamW a, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) adamw(p[i], g[i], m[i], v[i], a);
+                              float divisor, AdamW a, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) adamw(p[i], g[i] / divisor, m[i], v[i], a);
 }
 
 SITFAST_CLONES void adamw_average_all(float* __restrict p, const float* __restrict g, float* __restrict m,
-                                      float* __restrict v, float* __restrict average, float rate, AdamW a,
-                                      int64_t count) {
+                                      float* __restrict v, float* __restrict average, float rate, float divisor,
+                                      AdamW a, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
-    adamw(p[i], g[i], m[i], v[i], a);
+    adamw(p[i], g[i] / divisor, m[i], v[i], a);
     average[i] = average[i] + rate * (p[i] - average[i]);
   }
 }
@@ -124,18 +120,13 @@ Tensor gradient_norm(const Tensors& grads) {
 void update_chunk(const Lists& lists, const Hyper& h, const AdamW& scalars, float divisor, const Chunk& chunk) {
   size_t tensor = chunk.tensor, averages = lists.emas.size();
   float g_buffer[kPiece], m_buffer[kPiece], v_buffer[kPiece];
-  bool wide = lists.grads[tensor].scalar_type() == ScalarType::Float, divide = divisor != 1.0f;
-  int64_t step = wide && !divide && !h.stochastic ? kLongPiece : kPiece;
+  bool wide = lists.grads[tensor].scalar_type() == ScalarType::Float;
+  int64_t step = wide && !h.stochastic ? kLongPiece : kPiece;
   for (int64_t i = chunk.begin; i < chunk.end; i += step) {
     int64_t count = std::min(step, chunk.end - i);
     float* p = data<float>(lists.params[tensor]) + i;
     const float* g = wide ? data<float>(lists.grads[tensor]) + i : g_buffer;
     if (!wide) widen_all(data<bf16>(lists.grads[tensor]) + i, g_buffer, count);
-    if (divide) {
-      if (wide) std::copy(g, g + count, g_buffer);
-      divide_all(g_buffer, divisor, count);
-      g = g_buffer;
-    }
     bf16 *narrow_m = nullptr, *narrow_v = nullptr;
     float *m = m_buffer, *v = v_buffer;
     if (h.stochastic) {
@@ -147,9 +138,9 @@ void update_chunk(const Lists& lists, const Hyper& h, const AdamW& scalars, floa
     auto average = [&](size_t k) { return data<float>(lists.emas[k][tensor]) + i; };
     auto rate = [&](size_t k) { return float(1.0 - lists.decays[k]); };
     if (averages > 0)
-      adamw_average_all(p, g, m, v, average(0), rate(0), scalars, count);
+      adamw_average_all(p, g, m, v, average(0), rate(0), divisor, scalars, count);
     else
-      adamw_all(p, g, m, v, scalars, count);
+      adamw_all(p, g, m, v, divisor, scalars, count);
     for (size_t k = 1; k < averages; ++k) average_all(average(k), p, rate(k), count);
     if (h.stochastic) round_moments(m, v, narrow_m, narrow_v, h, tensor, lists.offset(tensor) + i, count);
     if (!lists.copies.empty()) round_all(p, data<bf16>(lists.copies[tensor]) + i, count);
