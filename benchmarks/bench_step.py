@@ -48,7 +48,8 @@ from torch import nn
 from benchmarks import plain, record, tuning
 from benchmarks.harness import CHANNELS, CLOCK, DEVICE, GPU, NUM_CLASSES, RandomLatents
 from sitfast import metrics
-from sitfast.model import build_model, forward_macs, preset_kwargs
+from sitfast.model import build_model, forward_macs
+from sitfast.presets import preset_kwargs
 
 WARM_UP, STEPS = (6, 20) if GPU else (1, 2)
 MODELS, PIXELS = ("XL/2", "L/2", "B/2", "S/2"), (256, 512)

@@ -17,7 +17,7 @@ from torch import nn
 
 from benchmarks.gpu_extension import HYPER, Operands, shapes_of
 from sitfast.kernels import extension
-from sitfast.model import PRESETS
+from sitfast.presets import PRESETS
 
 
 def torch_update(operands: Operands, *, fused: bool) -> Callable[[], None]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import yaml
 
 from sitfast.errors import SitfastError
+from sitfast.presets import preset_kwargs
 
 if TYPE_CHECKING:
     from sitfast.config import Config
@@ -160,8 +161,6 @@ def _combinations(cfg: Config) -> Iterator[Problem]:
         if missing:
             yield Problem(("model.preset", *missing), f"model.preset=null needs {', '.join(missing)}")
     else:
-        from sitfast.model import preset_kwargs
-
         try:
             preset_kwargs(model.preset)
         except SitfastError as error:

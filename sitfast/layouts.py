@@ -38,7 +38,8 @@ from torch import Tensor
 from sitfast.errors import SitfastError
 from sitfast.kernels.qk_norm_rope import axial_angles
 from sitfast.layers import FREQUENCY_DIM, MAX_PERIOD
-from sitfast.model import PRESETS, SiT, sincos_pos_embed
+from sitfast.model import SiT, sincos_pos_embed
+from sitfast.presets import PRESETS
 
 Time = Literal["data", "noise"]  # what t = 1 is
 

@@ -9,7 +9,7 @@ from sitfast import data
 from sitfast.config import Config
 from sitfast.data.latents import Latents
 from sitfast.errors import SitfastError
-from sitfast.model import preset_kwargs
+from sitfast.presets import preset_kwargs
 from sitfast.text import Frozen
 
 

@@ -32,29 +32,16 @@ from sitfast.layers import (
     PooledEmbedder,
     TimestepEmbedder,
 )
+from sitfast.presets import preset_kwargs
 from sitfast.shards import assign, like, rows_of
 from sitfast.text import ByteEncoder, Condition, Text
 
 Grid = tuple[int, int]  # rows and columns of tokens
 
-
 # Deviations of the byte encoder's first embeddings. At 0.02, and with an embedder of the pooled vector like that of labels, all
 # captions look alike at first: on the drawn shapes a caption with the right place had a lower loss than one with a wrong place in
 # 48 % of 128 pairs after 1,200 steps, and with these in 97 % after 600.
 BYTE_SCALES = {"text_encoder.token_embedding.weight": 0.5, "text_encoder.position_embedding": 0.1}
-
-_SIZES = {
-    "S": {"hidden_size": 384, "depth": 12, "num_heads": 6},
-    "B": {"hidden_size": 768, "depth": 12, "num_heads": 12},
-    "L": {"hidden_size": 1024, "depth": 24, "num_heads": 16},
-    "XL": {"hidden_size": 1152, "depth": 28, "num_heads": 16},
-}
-PRESETS: dict[str, dict[str, int]] = {
-    f"{family}-{size}/{patch_size}": {**shape, "patch_size": patch_size}
-    for family in ("SiT", "DiT")
-    for size, shape in _SIZES.items()
-    for patch_size in (2, 4, 8, 16)
-}
 
 
 class SiT(nn.Module):
@@ -317,13 +304,6 @@ def interpolate_pos_embed(embed: Tensor, new_grid: int | Grid) -> Tensor:
     image = embed.float().reshape(1, grid, grid, -1).permute(0, 3, 1, 2)
     resized = F.interpolate(image, size=size, mode="bicubic", align_corners=False)
     return resized.flatten(2).transpose(1, 2).contiguous().to(embed.dtype)
-
-
-def preset_kwargs(name: str) -> dict[str, int]:
-    """hidden_size, depth, num_heads and patch_size of a preset such as "SiT-XL/2"."""
-    if name not in PRESETS:
-        raise SitfastError(f"model.preset={name!r} is unknown; choose one of {', '.join(PRESETS)}")
-    return dict(PRESETS[name])
 
 
 def build_model(preset: str | None = None, *, genes: bool = False, **kwargs: Any) -> SiT:

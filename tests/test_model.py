@@ -10,7 +10,6 @@ from sitfast.errors import SitfastError
 from sitfast.kernels.interpolate import drop_labels
 from sitfast.layers import timestep_sinusoids
 from sitfast.model import (
-    PRESETS,
     DiT,
     SiT,
     build_model,
@@ -18,8 +17,8 @@ from sitfast.model import (
     forward_macs,
     interpolate_pos_embed,
     load_state,
-    preset_kwargs,
 )
+from sitfast.presets import PRESETS, preset_kwargs
 from tests.kernels.harness import use_kernels
 
 SMALL = {
