@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import importlib.util
 from concurrent.futures import ThreadPoolExecutor
+from operator import index
 
 import torch
 import torch.nn.functional as F
@@ -166,11 +167,16 @@ def select(tokens: int, length: int, width: int, dtype: torch.dtype, device: tor
     In a thread of its own, which knows nothing of what surrounds the call: activation checkpointing would take the tensors
     that are saved here for its own, and a compiler or no_grad would change what is timed.
     """
-    key = numbered(device), dtype, tokens, length, width
+    device = numbered(device)
+    key = device, dtype, tokens, length, width
+
+    def timed() -> Choice:
+        with torch.cuda.device(-1 if device.index is None else device.index):  # a thread begins with the first GPU
+            return measure(*key)
 
     def apart() -> Choice:
         with ThreadPoolExecutor(1) as pool:
-            return pool.submit(measure, *key).result()
+            return pool.submit(timed).result()
 
     return once(_choices, key, f"{NAME}: N={tokens}, L={length}, d={width}, {dtype}", apart)
 
@@ -199,7 +205,9 @@ def _runs(tokens: int, length: int, width: int, dtype: torch.dtype, device: torc
 def _kernel(q: Tensor, kv: Tensor, mask: Tensor, backend: str) -> Tensor:
     dtype = compute_dtype(q)
     q, kv = q.to(dtype), kv.to(dtype)
-    if _runs(q.shape[1], kv.shape[1], q.shape[3], dtype, q.device, backend) == "torch":
+    # Numbers, also where a compiler has symbols for them.
+    tokens, length, width = index(q.shape[1]), index(kv.shape[1]), index(q.shape[3])
+    if _runs(tokens, length, width, dtype, q.device, backend) == "torch":
         return reference(q, kv, mask)
     return cross_attention_op(q, kv, mask)[0]
 

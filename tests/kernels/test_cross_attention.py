@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from sitfast import parallel
 from sitfast.kernels import attention_choice, cross_attention
 from sitfast.kernels.cross_attention import cross_attention_op, describe, reference
 from tests.kernels.aot import compile_ahead, job
@@ -191,6 +192,24 @@ def test_operator():
     assert torch.equal(attend(strided, kv), expected[0])
 
 
+def in_block(policy, function):
+    """The function as a block with this `parallel.activation_checkpoint`."""
+    block = torch.nn.Module()
+    block.forward = function
+    parallel.prepare_blocks(torch.nn.ModuleList([block]), activation_checkpoint=policy, compiled=False)
+    return block
+
+
+@interpreted
+@pytest.mark.parametrize("policy, runs", [("none", 1), ("selective", 1), ("block", 2)])
+def test_how_often_each_policy_computes_it(policy, runs, monkeypatch):
+    q, kv, dout = operands(1, 16, 9, 2, 24)
+    calls, forward = [], kernels.forward
+    monkeypatch.setattr(kernels, "forward", lambda *args: (calls.append(args), forward(*args))[1])
+    run_all(in_block(policy, partial(short, masks(1, 9)[1])), [q, kv], [dout])
+    assert len(calls) == runs
+
+
 TYPES = {"lse": "*fp32", "mask": "*u8", "scale": "fp32"}
 
 
@@ -282,7 +301,7 @@ def test_one_that_varies_is_the_last_resort(contest, monkeypatch):
 
 @interpreted
 def test_the_choice_is_made_apart_from_what_surrounds_the_first_call(contest):
-    """Under no_grad, in a checkpoint, which counts the tensors that are saved, and while a compiler traces."""
+    """In inference, in checkpoints, which count saved tensors or calls, and while a compiler traces."""
     q, kv, dout = operands(2, 16, 9, 2, 24, torch.float16)
     mask = masks(2, 9)[1]
     expected = run_all(partial(short, mask), [q, kv], [dout])
@@ -291,7 +310,8 @@ def test_the_choice_is_made_apart_from_what_surrounds_the_first_call(contest):
         return cross_attention(q, kv, mask)
 
     for wrap in (
-        lambda f: partial(checkpoint, f, use_reentrant=False),
+        partial(in_block, "block"),
+        partial(in_block, "selective"),
         lambda f: torch.compile(f, fullgraph=True, backend="aot_eager"),
     ):
         contest([1.0, 1.0, 2.0, 2.0])
@@ -301,6 +321,18 @@ def test_the_choice_is_made_apart_from_what_surrounds_the_first_call(contest):
     contest([1.0, 1.0, 2.0, 2.0])
     with torch.inference_mode():
         assert torch.equal(attend(q, kv), expected[0])
+
+
+@interpreted
+def test_compiled_for_sizes_in_general_it_knows_the_number_of_tokens(contest):
+    contest([1.0, 1.0, 2.0, 2.0] * 3)
+    torch._dynamo.reset()
+    compiled = torch.compile(cross_attention, fullgraph=True, backend="aot_eager", dynamic=True)
+    for tokens in (16, 20, 24):
+        q, kv, _ = operands(2, tokens, 9, 2, 24, torch.float16)
+        mask = masks(2, 9)[1]
+        assert torch.equal(compiled(q, kv, mask), short(mask, q, kv))
+    assert [key[2] for key in module._choices] == [16, 20, 24]
 
 
 @interpreted
