@@ -7,7 +7,7 @@ for each sample and head. q, out [B, N, H, d] · kv [B, L, 2, H, d], k and v in 
 counts · lse [B, H, N] fp32. Of a caption without a token out is zero, and so are its gradients.
 
 A row of scores is on chip whole, so backward takes Σ P ∘ dP from it, where Σ do ∘ out would read out again. Saved: q, kv,
-mask and lse. Bytes, in units of one [B, N, H, d], k and v being small: forward reads 1 and writes 1, backward reads 2 and
+mask and lse. Bytes beside k, v, dk and dv, in units of one [B, N, H, d]: forward reads 1 and writes 1, backward reads 2 and
 writes 1. The Triton kernels, "short", are in `_cross_attention_triton`; they take up to 128 tokens, need no atomics and
 repeat bitwise. On a GPU they run where, on the first call for a device, dtype, N, L and d, they are right and their
 forward and backward together faster than those of PyTorch's scaled_dot_product_attention, the backend "torch", which
@@ -128,7 +128,7 @@ def _missing(length: int, width: int, dtype: torch.dtype) -> str | None:
 
 def measure(device: torch.device, dtype: torch.dtype, tokens: int, length: int, width: int) -> Choice:
     """Check our kernels on this device and time both backends."""
-    batch = max(1, TIMED_ROWS // (tokens * TIMED_HEADS))
+    batch = max(1, TIMED_ROWS // (max(tokens, length) * TIMED_HEADS))
     generator = torch.Generator(device).manual_seed(1)
 
     def draw(*shape: int) -> Tensor:
@@ -194,12 +194,11 @@ def _only_torch(length: int, width: int, dtype: torch.dtype, device: torch.devic
 @torch.compiler.assume_constant_result
 def _runs(tokens: int, length: int, width: int, dtype: torch.dtype, device: torch.device, backend: str) -> str:
     """The backend, "short" or "torch"; one choice a process, which a compiled graph holds as a constant."""
-    reason = _only_torch(length, width, dtype, device)
-    if backend == "short" and reason:
-        raise ValueError(f"{NAME}: backend 'short' cannot run: {reason}; use 'auto' or 'torch'")
-    if reason or backend == "short":
-        return "torch" if reason else backend
-    return select(tokens, length, width, dtype, device).forward
+    if reason := _only_torch(length, width, dtype, device):
+        if backend == "short":
+            raise ValueError(f"{NAME}: backend 'short' cannot run: {reason}; use 'auto' or 'torch'")
+        return "torch"
+    return "short" if backend == "short" else select(tokens, length, width, dtype, device).forward
 
 
 def _kernel(q: Tensor, kv: Tensor, mask: Tensor, backend: str) -> Tensor:
