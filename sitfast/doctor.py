@@ -28,6 +28,7 @@ from sitfast import checkpoint_storage, cli, config, data, growing, memory, metr
 from sitfast.config import Config
 from sitfast.errors import SitfastError
 from sitfast.kernels.attention import describe as describe_attention
+from sitfast.kernels.cross_attention import describe as describe_cross_attention
 from sitfast.kernels.mlp import describe as describe_mlp
 from sitfast.model import SiT, build_model, count_parameters
 from sitfast.parallel import World
@@ -199,7 +200,10 @@ def kernels(cfg: Config, world: World, model: SiT) -> Iterator[Finding]:
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(cfg.train.precision, torch.float32)
     images = cfg.data.batch_size // world.size // cfg.train.accumulate
     mlp = describe_mlp(images * tokens, width, int(width * model.config["mlp_ratio"]), dtype, world.device)
-    attention = describe_attention(tokens, width // model.config["num_heads"], dtype, world.device)
+    head = width // model.config["num_heads"]
+    attention = describe_attention(tokens, head, dtype, world.device)
+    if text := model.config["text"]:
+        attention += f"; to captions: {describe_cross_attention(tokens, text['length'], head, dtype, world.device)}"
     yield Finding("ok", "kernels", f"layer norm: Triton; feed-forward: {mlp}; attention: {attention}")
     if metrics.peak_flops(torch.cuda.get_device_name(world.device)) is None:
         yield Finding("note", "kernels", "the peak of this GPU is not known: the log shows no mfu")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sitfast.kernels import (
     attention,
+    cross_attention,
     gated_residual_layernorm_modulate,
     layernorm_modulate,
     linear,
@@ -122,7 +123,7 @@ class Attention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention of h [B, N, D] to a caption [B, L, D] where mask [B, 1, 1, L] is true, the bias of its last layer left pending.
+    """Attention of h [B, N, D] to a caption [B, L, D] where mask [B, L] is true, the bias of its last layer left pending.
 
     `gate` [D] is that of its residual branch: a weight, zero at first, and not a seventh to ninth modulation vector, which
     would cost 3·D² weights a block.
@@ -137,10 +138,9 @@ class CrossAttention(nn.Module):
         self.gate = nn.Parameter(torch.zeros(hidden_size))
 
     def forward(self, h: Tensor, caption: Tensor, mask: Tensor) -> Tensor:
-        q = self.q(h).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        k, v = self.kv(caption).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return linear(y.transpose(1, 2).flatten(2), self.proj.weight)
+        q = self.q(h).unflatten(-1, (self.num_heads, -1))
+        kv = self.kv(caption).unflatten(-1, (2, self.num_heads, -1))
+        return linear(cross_attention(q, kv, mask).flatten(2), self.proj.weight)
 
 
 class Mlp(nn.Module):
@@ -175,7 +175,7 @@ class Block(nn.Module):
 
     Takes x [B, N, D], what is pending (None before the first block) and SiLU(c) [B, D]; returns x and its own last
     branch as pending: y [B, N, D], gate [B, D] and bias [D]. With `text` it also takes the caption [B, L, D] and its
-    mask [B, 1, 1, L], and has a cross-attention of its own.
+    mask [B, L], and has a cross-attention of its own.
     """
 
     def __init__(

@@ -159,13 +159,13 @@ class SiT(nn.Module):
         return self._unpatchify(self.final_layer(tokens, pending, c_silu), grid)
 
     def _read(self, y: Text) -> tuple[Tensor, Tensor, Tensor]:
-        """The vector [B, D] of each caption, its tokens [B, L, D] and their mask [B, 1, 1, L] for the blocks."""
+        """The vector [B, D] of each caption, its tokens [B, L, D] and their mask [B, L] for the blocks."""
         states, pooled = y.tokens, y.pooled
         if self.config["text"]["depth"]:
             states, pooled = self.text_encoder(y.tokens, y.mask)
         dtype = self.context_embedder.weight.dtype
         vector, caption = self.y_embedder(pooled.to(dtype)), self.context_embedder(states.to(dtype))
-        return vector, caption, y.mask[:, None, None, :]
+        return vector, caption, y.mask
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -48,7 +48,7 @@ from sitfast.watch import Watch
 # What "selective" activation checkpointing keeps, by the start of the operator's name: matrix products and attention,
 # which are most of a block's arithmetic. Norms, modulation and GELU are computed again.
 _KEPT = ("aten.mm.", "aten.addmm.", "aten.bmm.", "aten._scaled_dot_product")
-_KEPT += ("sitfast.linear", "sitfast.attention", "sitfast.mlp")
+_KEPT += ("sitfast.linear", "sitfast.attention", "sitfast.cross_attention", "sitfast.mlp")
 
 # DistributedDataParallel sends gradients off in buckets of this size, by default 25 MiB. A compiled block gives all of its
 # gradients at once, 46 MiB of bf16 in SiT-XL/2; a smaller bucket overlaps no better and costs the host another reduction.

@@ -9,6 +9,7 @@ import torch
 from sitfast import metrics, parallel
 from sitfast.kernels import extension
 from sitfast.kernels.attention import describe as describe_attention
+from sitfast.kernels.cross_attention import describe as describe_cross_attention
 from sitfast.kernels.mlp import describe as describe_mlp
 from sitfast.model import count_parameters
 from sitfast.precision import AUTOCAST
@@ -110,4 +111,7 @@ def _kernels(run: Trainer) -> str:
     head = width // run.model.config["num_heads"]
     attention = describe_attention(run.model.num_tokens, head, dtype, run.device)
     blocks = f"layer norm and residual: Triton; feed-forward: {feed_forward}; attention: {attention}"
+    if run.text:
+        cross = describe_cross_attention(run.model.num_tokens, cfg.text.length, head, dtype, run.device)
+        blocks += f"; to captions: {cross}"
     return f"{around}; {blocks}"

@@ -5,6 +5,7 @@ their device, or the reference where there is none (see `dispatch`).
 """
 
 from sitfast.kernels.attention import attention
+from sitfast.kernels.cross_attention import cross_attention
 from sitfast.kernels.dispatch import use_reference
 from sitfast.kernels.gated_residual import gated_residual_layernorm_modulate
 from sitfast.kernels.layernorm_modulate import layernorm_modulate
@@ -14,6 +15,7 @@ from sitfast.kernels.qk_norm_rope import qk_norm_rope
 
 __all__ = [
     "attention",
+    "cross_attention",
     "gated_residual_layernorm_modulate",
     "layernorm_modulate",
     "linear",

@@ -9,15 +9,17 @@ runs a problem of `TIMED_ROWS` tokens × heads and must
                 in which programs finish) runs only where none that repeats is left
     be fast     times include what a backend costs around its kernel, as packing dq, dk and dv
 
-All of it happens inside a registered operator, so a compiled graph only ever sees that operator.
+All of it happens inside a registered operator, so a compiled graph only ever sees that operator. `cross_attention`
+chooses by the same contest (`beyond`, `race` and `once`).
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +29,8 @@ from sitfast.kernels.attention_backends import BACKENDS, Backend, heads_first, p
 TIMED_ROWS = 2**18  # 1024 heads of 256 tokens, 750 MiB in all: seven waves or more on every GPU
 TIMED_HEADS = 16
 QUEUE_CYCLES = 2_000_000  # about a millisecond, in which the host queues the launches that are timed
+
+Key = TypeVar("Key", bound=tuple)
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,13 @@ def plain(qkv: Tensor, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return out.transpose(1, 2), scores.logsumexp(-1), pack(grads)
 
 
+def beyond(name: str, got: Tensor, eager: Tensor, exact: Tensor) -> str | None:
+    """Why a result is wrong, or None: its error may be twice that of the plain formula in its dtype."""
+    error = (got - exact).abs().max().item()
+    bound = 2 * (eager - exact).abs().max().item() + torch.finfo(got.dtype).eps * 1e-2
+    return None if error <= bound else f"{name} is wrong by {error:.2g}, more than {bound:.2g}"
+
+
 def fault(result: tuple[Tensor, Tensor, Tensor], qkv: Tensor, dout: Tensor) -> str | None:
     """Why (out, lse, dqkv) of a backend is wrong, or None, judged by the outer heads of the outer samples.
 
@@ -75,10 +86,8 @@ def fault(result: tuple[Tensor, Tensor, Tensor], qkv: Tensor, dout: Tensor) -> s
     triples = [("out", corners(out, 2), eager_out, exact_out)]
     triples += [(f"d{name}", *(x[:, :, i] for x in (few_dqkv, eager_dqkv, exact_dqkv))) for i, name in enumerate("qkv")]
     for name, got, eager, exact in triples:
-        error = (got - exact).abs().max().item()
-        bound = 2 * (eager - exact).abs().max().item() + torch.finfo(qkv.dtype).eps * 1e-2
-        if not error <= bound:
-            return f"{name} is wrong by {error:.2g}, more than {bound:.2g}"
+        if reason := beyond(name, got, eager, exact):
+            return reason
     error = (corners(lse, 1) - exact_lse).abs().max().item()
     if not error <= 1e-3:
         return f"lse is wrong by {error:.2g}"
@@ -117,44 +126,95 @@ def missing(name: str, tokens: int, width: int, dtype: torch.dtype) -> str | Non
     return BACKENDS[name].missing(tokens, width, dtype)
 
 
-def _run(backend: Backend, qkv: Tensor, dout: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(out, lse, dqkv, rows)"""
-    torch.full_like(qkv, float("nan"))  # the allocator hands this memory to dqkv: what is not written shows
-    out, lse = backend.forward(qkv)
-    return out, lse, *backend.backward(dout, qkv, out, lse)
+@dataclass(frozen=True)
+class Entry:
+    """A backend on the problem that is timed: why it cannot run, or None; a forward, whose results its backward takes and
+    whose first result is out; what is wrong with the results of both, or None."""
+
+    missing: Callable[[], str | None]
+    forward: Callable[[], tuple[Tensor, ...]]
+    backward: Callable[..., tuple[Tensor, ...]]
+    fault: Callable[[tuple[Tensor, ...], tuple[Tensor, ...]], str | None]
+
+
+@dataclass(frozen=True)
+class Race:
+    """Times in ms (forward, backward), who does not repeat in forward and in backward, why a backend is out."""
+
+    times: dict[str, tuple[float, float]]
+    varying: tuple[list[str], list[str]]
+    rejected: dict[str, str]
+
+
+def race(entries: dict[str, Entry], sizes: Sequence[Tensor]) -> Race:
+    """Check and time every entry, each in memory that held NaN: the allocator hands it that of tensors of these `sizes`."""
+    result = Race({}, ([], []), {})
+
+    def run(entry: Entry) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        poison = [torch.full_like(size, float("nan")) for size in sizes]
+        del poison  # what is not written shows
+        out = entry.forward()
+        return out, entry.backward(*out)
+
+    for name, entry in entries.items():
+        try:
+            reason = entry.missing()
+            if reason is None:
+                out, grads = run(entry)
+                reason = entry.fault(out, grads)
+            if reason is None:
+                for unlike, first, second in zip(result.varying, (out, grads), run(entry), strict=True):
+                    if not all(torch.equal(x, y) for x, y in zip(first, second, strict=True)):
+                        unlike.append(name)
+                forward = time_ms(entry.forward)
+                result.times[name] = forward, time_ms(lambda backward=entry.backward, out=out: backward(*out))
+        except Exception as error:  # whatever a third-party kernel raises, it is out of the race and the table says why
+            reason = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+        if reason is not None:
+            result.rejected[name] = reason
+    return result
 
 
 def measure(device: torch.device, dtype: torch.dtype, tokens: int, width: int) -> Choice:
     """Check and time every backend on this device and choose."""
-    times: dict[str, tuple[float, float]] = {}
-    rejected: dict[str, str] = {}
-    varying: tuple[list[str], list[str]] = ([], [])  # forward, backward
     batch = max(1, TIMED_ROWS // (tokens * TIMED_HEADS))
     generator = torch.Generator(device).manual_seed(1)
     qkv = torch.randn(batch, tokens, 3, TIMED_HEADS, width, generator=generator, device=device, dtype=dtype)
     dout = torch.randn(batch, tokens, TIMED_HEADS, width, generator=generator, device=device, dtype=dtype)
-    for name, backend in BACKENDS.items():
-        try:
-            reason = missing(name, tokens, width, dtype)
-            if reason is None:
-                out, lse, dqkv, rows = _run(backend, qkv, dout)
-                reason = fault((out, lse, dqkv), qkv, dout) or rows_fault(rows, dqkv)
-            if reason is None:
-                for unlike, x, y in zip(varying, (out, dqkv), _run(backend, qkv, dout)[::2], strict=True):
-                    if not torch.equal(x, y):
-                        unlike.append(name)
-                forward = time_ms(lambda run=backend.forward: run(qkv))
-                backward = time_ms(lambda run=backend.backward, out=out, lse=lse: run(dout, qkv, out, lse))
-                times[name] = forward, backward
-        except Exception as error:  # whatever a third-party kernel raises, it is out of the race and the table says why
-            reason = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
-        if reason is not None:
-            rejected[name] = reason
+
+    def entry(name: str, backend: Backend) -> Entry:
+        return Entry(
+            missing=lambda: missing(name, tokens, width, dtype),
+            forward=lambda: backend.forward(qkv),
+            backward=lambda out, lse: backend.backward(dout, qkv, out, lse),
+            fault=lambda out, grads: fault((out[0], out[1], grads[0]), qkv, dout) or rows_fault(grads[1], grads[0]),
+        )
+
+    found = race({name: entry(name, backend) for name, backend in BACKENDS.items()}, [qkv])
+    times, varying = found.times, found.varying
     if not times:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in rejected.items())
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in found.rejected.items())
         raise ValueError(f"attention: no backend works for N={tokens}, d={width}, {dtype} on {device}: {reasons}")
     forward, backward = (min(times, key=lambda name: (name in varying[i], times[name][i])) for i in (0, 1))
-    return Choice(forward, backward, times, tuple(dict.fromkeys([*varying[0], *varying[1]])), rejected)
+    return Choice(forward, backward, times, tuple(dict.fromkeys([*varying[0], *varying[1]])), found.rejected)
+
+
+def numbered(device: torch.device) -> torch.device:
+    """The device with its index, the current one where it has none."""
+    bare = device.type == "cuda" and device.index is None
+    return torch.device("cuda", torch.cuda.current_device()) if bare else device
+
+
+def once(choices: dict[Key, Choice], key: Key, problem: str, measure: Callable[[], Choice]) -> Choice:
+    """The choice for a key, whose first item is the device, measured where it is not known; ValueError in a graph capture."""
+    if key not in choices:
+        if torch.cuda.is_current_stream_capturing():
+            raise ValueError(
+                f"{problem} is first met inside a CUDA graph capture, where backends cannot be timed; run it once before"
+            )
+        with torch.autocast(key[0].type, enabled=False):
+            choices[key] = measure()
+    return choices[key]
 
 
 _choices: dict[tuple[torch.device, torch.dtype, int, int], Choice] = {}
@@ -162,22 +222,14 @@ _choices: dict[tuple[torch.device, torch.dtype, int, int], Choice] = {}
 
 def select(tokens: int, width: int, dtype: torch.dtype, device: torch.device, backend: str = "auto") -> Choice:
     """The backends to run; measured on the first call for this (device, dtype, N, d), unless one is named."""
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
+    device = numbered(device)
     if backend != "auto":
         if reason := missing(backend, tokens, width, dtype):
             raise ValueError(f"attention: backend {backend!r} cannot run: {reason}; use 'auto' or 'torch'")
         return Choice(backend, backend)
     key = device, dtype, tokens, width
-    if key not in _choices:
-        if torch.cuda.is_current_stream_capturing():
-            raise ValueError(
-                f"attention: N={tokens}, d={width}, {dtype} is first met inside a CUDA graph capture, where backends "
-                "cannot be timed; run it once before"
-            )
-        with torch.autocast(device.type, enabled=False):
-            _choices[key] = measure(device, dtype, tokens, width)
-    return _choices[key]
+    problem = f"attention: N={tokens}, d={width}, {dtype}"
+    return once(_choices, key, problem, lambda: measure(device, dtype, tokens, width))
 
 
 def describe(choice: Choice) -> str:
