@@ -35,11 +35,12 @@ from sitfast.data.latents import Latents
 from sitfast.data.loader import fixed_batches
 from sitfast.data.sampler import held_out
 from sitfast.errors import SitfastError
-from sitfast.evaluate import FIRST_INDEX, read_by_classifier, validation_loss
+from sitfast.evaluate import FIRST_INDEX, condition, read_by_classifier, validation_loss
 from sitfast.interpolant import Interpolant
 from sitfast.parallel import World
 from sitfast.philox import Stream
-from sitfast.sample import Restored, labels_for
+from sitfast.sample import Restored, labels_for, prompts_for
+from sitfast.text import TextEncoder
 from sitfast.trainer import Trainer
 
 _FIRST, _LAST = 0.01, 0.99  # of t: vp's own beginning, α/σ = 0.0066, lies before the first
@@ -117,18 +118,24 @@ def time_at(interpolant: Interpolant, ratio: Tensor) -> Tensor:
 
 @torch.no_grad()
 def velocity_error(
-    model: nn.Module, batches: Iterable[data.Batch], *, vae: Any, interpolant: Interpolant, bins: int
+    model: nn.Module,
+    batches: Iterable[data.Batch],
+    *,
+    vae: Any,
+    interpolant: Interpolant,
+    text: TextEncoder | None = None,
+    bins: int,
 ) -> Tensor:
     """The measure of the module docstring in `bins` equal bins of t, fp64 [bins] on the CPU."""
     total, count = torch.zeros(bins, dtype=torch.float64), 0
     for batch in batches:
         index = batch.index + FIRST_INDEX
-        x = vae.encode(batch.x, index)
+        x, y = vae.encode(batch.x, index), condition(batch, text)
         offset = philox.uniform(interpolant.seed, index, Stream.TIME).double()
         for b in range(bins):
             t = _FIRST + (_LAST - _FIRST) * (b + offset) / bins
             xt, own_t, _ = interpolant.sample(x, index, t=time_at(interpolant, t / (1 - t)).float())
-            out = model(xt, own_t, batch.y)[:, : x.shape[1]]
+            out = model(xt, own_t, y)[:, : x.shape[1]]
             error = (interpolant.data(out, xt, own_t) - x).double().square().flatten(1).mean(dim=1)
             total[b] += (error / (1 - t) ** 2).sum().cpu()
         count += len(index)
@@ -152,7 +159,7 @@ def measure(cfg: Config, num: int) -> dict[str, Any]:
         source.check_vae(run.vae)
     rows = held_out(source.num_rows, cfg.data.val_samples)[1]
     held = list(fixed_batches(source, rows, batch_size=cfg.sample.batch_size, device=run.device))
-    how: dict[str, Any] = {"vae": run.vae, "interpolant": run.interpolant, "bins": cfg.log.val_bins}
+    how: dict[str, Any] = {"vae": run.vae, "interpolant": run.interpolant, "text": run.text, "bins": cfg.log.val_bins}
     own = validation_loss(run.model, held, **how, world=World(0, 1, run.device))
     error = velocity_error(run.model, held, **how)
     result = {
@@ -166,7 +173,8 @@ def measure(cfg: Config, num: int) -> dict[str, Any]:
     if not isinstance(source, Genes):  # cells make no picture
         digits = cfg.data.source == "digits"
         labels = labels_for(num if digits else _SHOWN, None, cfg.model.num_classes)
-        x = run.generate(labels, seed=0)
+        asked_for = prompts_for(_SHOWN, cfg.sample.prompts or held[0].captions) if run.text else labels
+        x = run.generate(asked_for, seed=0)
         if digits:
             result |= read_by_classifier(x, labels, source, val_samples=cfg.data.val_samples)
         with images.replacing(folder / _SAMPLES) as temporary, open(temporary, "wb") as file:
@@ -285,6 +293,8 @@ def main(argv: list[str]) -> int:
     base = config.load(args.config, overrides)
     if not base.data.val_samples:
         raise SitfastError("data.val_samples=0: the runs are compared on held-out rows; hold some out, such as 1024")
+    if base.stages:
+        raise SitfastError(f"stages: {len(base.stages)} of them, and runs of one stage are compared; use stages=[]")
     folder = Path(base.output_dir)
     cfgs = {
         name: settings_for(base, args.config, [*overrides, *changes, f"output_dir={folder / name}"])

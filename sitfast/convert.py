@@ -92,8 +92,11 @@ def _read_ours(path: Path, ema: bool, prediction: str | None) -> Source:
     folder = checkpoint.find_checkpoint(path)
     cfg = config.load(folder / "config.yaml")
     model = checkpoint.read_state(folder)["model"]
-    if model.get("genes"):
-        raise SitfastError(f"{folder} is a model of genes, which no other layout has; sitfast.sample reads it as it is")
+    for key, what in (("genes", "genes"), ("text", "captions")):
+        if model.get(key):
+            raise SitfastError(
+                f"{folder} is a model of {what}, which no other layout has; sitfast.sample reads it as it is"
+            )
     with torch.device("meta"):
         kwargs = build_model(**model).config
     weights = {key: tensor.float() for key, tensor in checkpoint.find_weights(folder, ema=ema).items()}

@@ -48,6 +48,13 @@ def _losses(
         yield interpolant_loss(model(xt, t, y), target, t, interpolant=interpolant)
 
 
+def condition(batch: data.Batch, text: TextEncoder | None) -> Condition:
+    """What the model is given: labels, or with `text` the batch's captions, read unless their states came with it."""
+    if text is None:
+        return batch.y
+    return text.encode(batch.text) if batch.text else text(batch.captions)
+
+
 @torch.no_grad()
 def validation_loss(
     model: nn.Module,
@@ -67,9 +74,7 @@ def validation_loss(
     with torch.compiler.set_stance("force_eager"):
         for batch in batches:
             index = batch.index * world.size + world.rank + FIRST_INDEX
-            y = batch.y
-            if text is not None:
-                y = text.encode(batch.text) if batch.text else text(batch.captions)
+            y = condition(batch, text)
             x = vae.encode(batch.x, index)
             for b, losses in enumerate(_losses(model, x, index, y, interpolant=interpolant, bins=bins)):
                 total[b] += losses.double().sum()

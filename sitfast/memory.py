@@ -29,6 +29,7 @@ from sitfast.data.buckets import kinds
 from sitfast.model import SiT, count_parameters
 from sitfast.parallel import shard_size
 from sitfast.precision import wants_copy
+from sitfast.text import frozen_bytes
 
 GIB = 2**30
 RESERVE = int(1.5 * GIB)
@@ -48,14 +49,15 @@ class Prediction:
     activations: int
     vae: int  # its weights; what encoding needs comes and goes before the activations do
     encoding: int
+    text: int  # a frozen encoder's weights
 
     @property
     def total(self) -> int:
-        held = self.weights + self.gradients + self.moments + self.averages + self.vae
+        held = self.weights + self.gradients + self.moments + self.averages + self.vae + self.text
         return held + max(self.gathered + self.activations, self.encoding)
 
     def __str__(self) -> str:
-        names = ("weights", "gradients", "moments", "averages", "gathered", "activations")
+        names = ("weights", "gradients", "moments", "averages", "gathered", "activations", "text")
         parts = [f"{name} {getattr(self, name) / GIB:.1f}" for name in names if getattr(self, name) > 0.05 * GIB]
         return f"{self.total / GIB:.1f} GiB predicted" + (f" ({', '.join(parts)})" if len(parts) > 1 else "")
 
@@ -113,6 +115,7 @@ def predict(cfg: Config, model: SiT, world_size: int) -> Prediction:
         activations=activations,
         vae=vae,
         encoding=encoding,
+        text=frozen_bytes(cfg.text),  # pyright: ignore[reportArgumentType]  a frozen section has a hash
     )
 
 

@@ -191,7 +191,7 @@ class Frozen(TextEncoder):
     """
 
     def __init__(self, settings: TextConfig, device: torch.device) -> None:
-        kind, shape = _described(settings)
+        kind, found = _described(settings)
         import transformers
 
         self.device = device
@@ -201,10 +201,10 @@ class Frozen(TextEncoder):
         with _loading(settings):
             tokenizer = transformers.AutoTokenizer.from_pretrained(settings.encoder)
             self.model: Any = getattr(transformers, _MODELS[kind]).from_pretrained(settings.encoder, dtype=dtype)
-        if len(tokenizer) > shape["vocabulary"]:
+        if len(tokenizer) > found.vocab_size:
             raise SitfastError(
                 f"text.encoder={settings.encoder}: its tokenizer has {len(tokenizer)} tokens, its model knows"
-                f" {shape['vocabulary']}; name a folder where both belong together"
+                f" {found.vocab_size}; name a folder where both belong together"
             )
         self.model.requires_grad_(False).eval().to(device)
         self.tokenizer = _Borrowed(tokenizer, settings.length)
@@ -262,8 +262,22 @@ def text_shape(settings: TextConfig) -> dict[str, int] | None:
         return None
     if settings.encoder == "bytes":
         return {"length": settings.length, "width": settings.width, "pooled": settings.width, "depth": settings.depth}
-    width = _described(settings)[1]["width"]
+    kind, found = _described(settings)
+    width = found.d_model if kind.endswith("t5") else found.hidden_size
     return {"length": settings.length, "width": width, "pooled": width, "depth": 0}
+
+
+@functools.lru_cache
+def frozen_bytes(settings: TextConfig) -> int:
+    """What a frozen encoder holds on a GPU while training; nothing where its states are stored. Loads no weights."""
+    if settings.encoder in (None, "bytes") or settings.cache:
+        return 0
+    kind, found = _described(settings)
+    import transformers
+
+    with torch.device("meta"):
+        model = getattr(transformers, _MODELS[kind])(found)
+    return sum(p.numel() for p in model.parameters()) * (2 if settings.precision == "bf16" else 4)
 
 
 @contextmanager
@@ -278,8 +292,8 @@ def _loading(settings: TextConfig) -> Iterator[None]:
         raise SitfastError(f"text.encoder={settings.encoder} cannot be loaded: {reason}; check {where}") from error
 
 
-def _described(settings: TextConfig) -> tuple[str, dict[str, int]]:
-    """(model type, width and vocabulary) of a frozen encoder, from its config alone."""
+def _described(settings: TextConfig) -> tuple[str, Any]:
+    """Model type and text config of a frozen encoder; its weights are not read."""
     try:
         import transformers
     except ImportError:
@@ -299,4 +313,4 @@ def _described(settings: TextConfig) -> tuple[str, dict[str, int]]:
         raise SitfastError(
             f"text.length={settings.length}, and {settings.encoder} reads {room} tokens; use text.length={room}"
         )
-    return kind, {"width": found.d_model if kind.endswith("t5") else found.hidden_size, "vocabulary": found.vocab_size}
+    return kind, found

@@ -177,3 +177,35 @@ def test_other_data_has_samples_and_no_figure(tmp_path, image_folder):
     assert "read as asked" not in (tmp_path / "c" / "compare.md").read_text()
     assert np.load(tmp_path / "c" / "noise-vp" / "samples.npy").shape == (20, 8, 8, 3)
     assert Image.open(tmp_path / "c" / "compare.png").size[0] > 1000
+
+
+def test_runs_that_read_captions(tmp_path):
+    """They are measured under their own captions, which count, and their samples are those of prompts."""
+    common = [*SHORT, "data.source=shapes", "text.encoder=bytes", "text.width=16", "text.depth=1", "text.length=48"]
+    compare.main([*common, f"output_dir={tmp_path / 'c'}", "--runs", "velocity-linear"])
+    found = json.loads((tmp_path / "c/velocity-linear/compare.json").read_text())
+    assert 0 < found["velocity_error"] < 10 and np.load(tmp_path / "c/velocity-linear/samples.npy").shape == (
+        20,
+        8,
+        8,
+        3,
+    )
+    run = compare.Restored(str(tmp_path / "c/velocity-linear"), ema=True, device="cpu", overrides=[])
+    source = data.build_source(run.cfg.data)
+    held = list(compare.fixed_batches(source, np.arange(6), batch_size=6, device="cpu"))
+    with torch.no_grad():
+        for parameter in run.model.parameters():  # at first no caption makes a difference
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)) * 0.05)
+    how = {"vae": run.vae, "interpolant": run.interpolant, "bins": 2}
+    own = compare.velocity_error(run.model, held, text=run.text, **how)
+    other = compare.velocity_error(
+        run.model, held, text=lambda captions: run.text(["a blue square"] * len(captions)), **how
+    )
+    assert not torch.equal(own, other)
+
+
+def test_runs_in_stages_are_refused(tmp_path):
+    stages = "stages=[{steps: 3, image_size: 8, batch_size: 4, lr: 1.0e-3}]"
+    with pytest.raises(SitfastError, match=r"stages: 1 of them, and runs of one stage are compared"):
+        compare.main([*SHORT, stages, f"output_dir={tmp_path / 'c'}"])
+    assert not (tmp_path / "c").exists()

@@ -404,13 +404,14 @@ def test_arguments_that_cannot_work(tmp_path, arguments, says):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_model_of_genes_is_refused(tmp_path):
+@pytest.mark.parametrize(("key", "what"), [("genes", "genes"), ("text", "captions")])
+def test_a_model_that_no_other_layout_has_is_refused(tmp_path, key, what):
     net = SiT(input_size=8, patch_size=4, in_channels=1, hidden_size=16, depth=1, num_heads=2, num_classes=4)
-    state = {"samples": 0, "window": [], "model": {"genes": True, **net.config}}
+    state = {"samples": 0, "window": [], "model": {**net.config, key: {"length": 8}}}
     settings = {"model": net.state_dict(), "emas": {}, "optimizer": {}, "state": state}
     text = config.dump(config.load(None, ["data.path=x"]))
     checkpoint.save(tmp_path / "run", 1, **settings, config_yaml=text, keep=0)
-    with pytest.raises(SitfastError, match="checkpoint-1 is a model of genes"):
+    with pytest.raises(SitfastError, match=f"checkpoint-1 is a model of {what}, which no other layout has"):
         run(tmp_path / "run", "--to", "official", "--out", tmp_path / "x.pt")
 
 

@@ -2,14 +2,13 @@
 
 import json
 import sys
-from importlib.util import find_spec
 
 import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from sitfast import checkpoint, config, evaluate, philox, sample
+from sitfast import checkpoint, config, evaluate, memory, philox, sample
 from sitfast.config import TextConfig
 from sitfast.data import build_source
 from sitfast.data.shapes import Shapes
@@ -19,11 +18,10 @@ from sitfast.kernels.interpolate import interpolate
 from sitfast.layers import Block
 from sitfast.model import SiT, forward_macs
 from sitfast.sampling import GuidedModel
-from sitfast.text import BEGIN, DROPPED, END, PAD, Text, Tokenizer, build_text, text_shape
+from sitfast.text import BEGIN, DROPPED, END, PAD, Text, Tokenizer, build_text, frozen_bytes, text_shape
 from tests.conftest import assert_equal, command, losses, train
 from tests.test_model import SMALL, published_forward, randomized
 
-needs_transformers = pytest.mark.skipif(find_spec("transformers") is None, reason="needs transformers")
 BYTES = {"length": 12, "width": 32, "pooled": 32, "depth": 1}
 STATES = {"length": 7, "width": 20, "pooled": 12, "depth": 0}
 CPU = torch.device("cpu")
@@ -404,7 +402,8 @@ def clip(tmp_path_factory):
 
 def tiny_clip(path, seed=0):
     """A CLIP text model of random weights, with a tokenizer of letters."""
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     letters = [chr(code) for code in range(97, 123)]
     words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     tokenizer = transformers.CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[])
@@ -421,7 +420,7 @@ def tiny_clip(path, seed=0):
 @pytest.fixture(scope="module")
 def t5(tmp_path_factory):
     """A T5 encoder of random weights, with a tokenizer of a few words."""
-    transformers = pytest.importorskip("transformers")
+    import transformers
     from tokenizers import Tokenizer as Inner
     from tokenizers import models, pre_tokenizers, processors
 
@@ -438,7 +437,6 @@ def t5(tmp_path_factory):
     return path
 
 
-@needs_transformers
 def test_states_of_clip_are_those_of_the_unpadded_caption(clip):
     import transformers
 
@@ -459,7 +457,6 @@ def test_states_of_clip_are_those_of_the_unpadded_caption(clip):
     assert not any(p.requires_grad for p in encoder.model.parameters()) and not encoder.model.training
 
 
-@needs_transformers
 def test_states_of_t5_are_those_of_the_unpadded_caption(t5):
     import transformers
 
@@ -474,14 +471,12 @@ def test_states_of_t5_are_those_of_the_unpadded_caption(t5):
     assert text_shape(settings(encoder=str(t5), length=9)) == {"length": 9, "width": 24, "pooled": 24, "depth": 0}
 
 
-@needs_transformers
 def test_a_borrowed_tokenizer_keeps_the_end_mark_of_what_it_cuts(clip):
     text, cut = build_text(settings(encoder=str(clip), length=5), CPU).tokenizer(["circle", "abc", "ab"])
     assert text.tokens.tolist() == [[52, 2, 8, 17, 53], [52, 0, 1, 28, 53], [52, 0, 27, 53, 53]]
     assert text.mask.sum(1).tolist() == [5, 5, 4] and cut == ("circle",)
 
 
-@needs_transformers
 @pytest.mark.parametrize("kind", ["clip", "t5"])
 def test_a_run_with_a_frozen_encoder(reads, tmp_path, kind, request):
     path = request.getfixturevalue(kind)
@@ -499,7 +494,6 @@ def test_a_run_with_a_frozen_encoder(reads, tmp_path, kind, request):
     assert 0 <= json.loads((tmp_path / "run/evaluation.json").read_text())["caption_share"] <= 1
 
 
-@needs_transformers
 def test_precision_of_a_frozen_encoder(clip):
     wide, narrow = (
         build_text(settings(encoder=str(clip), precision=p), CPU)(["a red"]).tokens for p in ("fp32", "bf16")
@@ -508,7 +502,22 @@ def test_precision_of_a_frozen_encoder(clip):
     torch.testing.assert_close(wide, narrow.float(), rtol=0.1, atol=0.1)
 
 
-@needs_transformers
+@pytest.mark.parametrize("kind", ["clip", "t5"])
+def test_the_memory_of_a_frozen_encoder_is_predicted(kind, request):
+    """Its weights count, unless their states are stored; without loading them."""
+    path = str(request.getfixturevalue(kind))
+    made = build_text(settings(encoder=path, length=15), CPU)
+    held = sum(p.numel() * p.element_size() for p in made.model.parameters())
+    assert frozen_bytes(settings(encoder=path, length=15)) == held > 10_000
+    assert frozen_bytes(settings(encoder=path, length=15, precision="bf16")) == held // 2
+    assert frozen_bytes(settings(encoder=path, length=15, cache=True)) == frozen_bytes(settings()) == 0
+    cfg = config.Config(text=settings(encoder=path, length=15))
+    with torch.device("meta"):
+        model = SiT(**SMALL, text=text_shape(cfg.text))
+    without = cfg.model_copy(update={"text": settings(encoder=path, length=15, cache=True)})
+    assert memory.predict(cfg, model, 1).total - memory.predict(without, model, 1).total == held
+
+
 def test_folders_without_a_text_model(tmp_path, clip):
     import transformers
 
@@ -526,7 +535,6 @@ def test_folders_without_a_text_model(tmp_path, clip):
         build_text(settings(encoder=str(tmp_path / "cut")), CPU)
 
 
-@needs_transformers
 def test_a_tokenizer_of_another_model(tmp_path, clip):
     import transformers
 

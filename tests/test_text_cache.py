@@ -27,7 +27,8 @@ def clip(tmp_path_factory):
 @pytest.fixture
 def captioned(tmp_path, clip) -> list[str]:
     """23 images with captions, in shards of 10; what encodes them, with their states."""
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     generator = np.random.default_rng(0)
     pixels = [Image.fromarray(generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)) for _ in range(23)]
     texts = [TEXTS[row % 5] for row in range(23)]

@@ -225,16 +225,14 @@ class Reader(_Answering):
             self.begun = True
             self.mapped.read_ahead(self.rows[self.order.ahead(index.numpy())])
             rows = self.rows[positions]
-            return self._with_texts(Loaded(*self.mapped.gather(rows, mirrored), index, unreadable), rows)
+            loaded = Loaded(*self.mapped.gather(rows, mirrored), index, unreadable)
+            return _with_texts(loaded, self.source, rows, self.tokenizer)
         crops: list[Crop | None] = [None] * len(item)
         if self.random_crop:
             crops = [Crop(*draw) for draw in philox.uniform(self.seed, index, philox.Stream.CROP, 3).tolist()]
-        loaded = [self._load(*each, unreadable) for each in zip(positions, crops, strict=True)]
-        images, labels, rows = zip(*loaded, strict=True)
-        x = self.collate(images, mirrored)
-        return self._with_texts(Loaded(x, torch.tensor(labels), index, unreadable), rows)
-
-    def _with_texts(self, loaded: Loaded, rows: Iterable[int]) -> Loaded:
+        each = [self._load(*one, unreadable) for one in zip(positions, crops, strict=True)]
+        images, labels, rows = zip(*each, strict=True)
+        loaded = Loaded(self.collate(images, mirrored), torch.tensor(labels), index, unreadable)
         return _with_texts(loaded, self.source, rows, self.tokenizer)
 
     def fetch(self, row: int, crop: Crop | None) -> tuple[Any, int]:

@@ -37,10 +37,8 @@ PLACES = (
 CAPTIONS = [f"a {colour} {shape} {place}" for colour in COLOURS for shape in SHAPES for place in PLACES]
 _ROWS = 50_000
 _SEED = 0x5AA9E5  # of the pictures, whatever the seed of the run
-_SATURATED, _LEAST = (
-    0.35,
-    0.01,
-)  # what `read` takes for colour: difference of channels, of 1, and the share of such pixels
+_SATURATED = 0.35  # what `read` takes for colour: the difference of channels, of 1 …
+_LEAST = 0.01  # … and the least share of such pixels
 
 
 class Shapes:

@@ -14,10 +14,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton import knobs
 
 from sitfast.kernels._attention_triton import _add_product, _load, _load_lse, _scores, _store, _zeros
-from sitfast.kernels.attention_short import MAX_WIDTH, _ceil_div, _power_of_2, split_width
+from sitfast.kernels.attention_short import _ceil_div, _power_of_2, split_width, unsupported_head
 
 MAX_LENGTH = 128
 BLOCK = 64  # queries that pass by at a time
@@ -134,14 +133,10 @@ def backward_launch(length: int, width: int) -> Launch:
 
 
 def unsupported(length: int, width: int, dtype: torch.dtype) -> str | None:
-    """Why these kernels cannot run, or None. fp32 is for the interpreter: on a GPU its tiles exceed shared memory."""
+    """Why these kernels cannot run, or None."""
     if length > MAX_LENGTH:
         return f"L = {length} is more than {MAX_LENGTH}"
-    if width % 8 or not 16 <= width <= MAX_WIDTH:
-        return f"d = {width} is not a multiple of 8 from 16 to {MAX_WIDTH}"
-    if dtype not in (torch.bfloat16, torch.float16) and not (dtype == torch.float32 and knobs.runtime.interpret):
-        return f"{dtype} is not bf16 or fp16"
-    return None
+    return unsupported_head(width, dtype)
 
 
 def forward(q: Tensor, kv: Tensor, mask: Tensor, launch: Launch | None = None) -> tuple[Tensor, Tensor]:

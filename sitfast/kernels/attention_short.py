@@ -97,6 +97,11 @@ def unsupported(tokens: int, width: int, dtype: torch.dtype) -> str | None:
     """Why these kernels cannot run, or None. fp32 is for the interpreter: on a GPU its tiles exceed shared memory."""
     if tokens > MAX_TOKENS:
         return f"N = {tokens} is more than {MAX_TOKENS}"
+    return unsupported_head(width, dtype)
+
+
+def unsupported_head(width: int, dtype: torch.dtype) -> str | None:
+    """The same of the heads alone."""
     if width % 8 or not 16 <= width <= MAX_WIDTH:
         return f"d = {width} is not a multiple of 8 from 16 to {MAX_WIDTH}"
     if dtype not in (torch.bfloat16, torch.float16) and not (dtype == torch.float32 and knobs.runtime.interpret):
